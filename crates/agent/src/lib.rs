@@ -1,0 +1,1 @@
+//! The agent: connects a host's datasources to a server.

@@ -1,0 +1,218 @@
+//! A file, or a block device of the operating system, as a device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::{BlockDevice, ByteRange, DeviceError, WritableDevice};
+
+/// A file of fixed size; holes are reported as not allocated where the file system tells.
+pub struct FileDevice {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    writable: bool,
+}
+
+impl FileDevice {
+    /// Opens `path` for reading. A block device works as well as a file.
+    pub fn open(path: &Path) -> io::Result<FileDevice> {
+        FileDevice::from_file(File::open(path)?, path, false)
+    }
+
+    /// Opens an existing `path` for reading and writing.
+    pub fn open_writable(path: &Path) -> io::Result<FileDevice> {
+        FileDevice::from_file(OpenOptions::new().read(true).write(true).open(path)?, path, true)
+    }
+
+    /// Creates `path` with `size` bytes, all of them a hole. Fails if anything of that name exists.
+    pub fn create(path: &Path, size: u64) -> io::Result<FileDevice> {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+        file.set_len(size)?;
+        FileDevice::from_file(file, path, true)
+    }
+
+    /// Wraps an open file; its size is taken now and stays.
+    pub fn from_file(mut file: File, path: &Path, writable: bool) -> io::Result<FileDevice> {
+        use std::io::Seek;
+        // The end of a block device is found by seeking; its metadata says 0.
+        let size = file.seek(io::SeekFrom::End(0))?;
+        Ok(FileDevice { file, path: path.to_owned(), size, writable })
+    }
+
+    /// The name the file was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn error(&self, action: &'static str, offset: u64, length: u64, source: io::Error) -> DeviceError {
+        if source.kind() == io::ErrorKind::UnexpectedEof {
+            return DeviceError::Changed {
+                object: self.path.display().to_string(),
+                reason: format!("it had {} bytes when it was opened and is shorter now", self.size),
+            };
+        }
+        DeviceError::Io { object: self.path.display().to_string(), action, offset, length, source }
+    }
+}
+
+impl BlockDevice for FileDevice {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        DeviceError::check_bounds(offset, buf.len() as u64, self.size)?;
+        sys::read_exact_at(&self.file, offset, buf)
+            .map_err(|source| self.error("read", offset, buf.len() as u64, source))
+    }
+
+    fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
+        if from >= self.size {
+            return Ok(None);
+        }
+        let range = sys::next_data(&self.file, from, self.size)
+            .map_err(|source| self.error("find data in", from, 0, source))?;
+        Ok(range.map(|range| ByteRange { start: range.start.max(from), end: range.end.min(self.size) }))
+    }
+}
+
+impl WritableDevice for FileDevice {
+    fn write_at(&self, offset: u64, buf: &[u8]) -> Result<(), DeviceError> {
+        if !self.writable {
+            return Err(DeviceError::ReadOnly { object: self.path.display().to_string() });
+        }
+        DeviceError::check_bounds(offset, buf.len() as u64, self.size)?;
+        sys::write_all_at(&self.file, offset, buf)
+            .map_err(|source| self.error("write", offset, buf.len() as u64, source))
+    }
+
+    fn write_zeros(&self, range: ByteRange) -> Result<(), DeviceError> {
+        if !self.writable {
+            return Err(DeviceError::ReadOnly { object: self.path.display().to_string() });
+        }
+        DeviceError::check_bounds(range.start, range.len(), self.size)?;
+        if range.is_empty() || sys::punch_hole(&self.file, range).is_ok() {
+            return Ok(());
+        }
+        let zeros = [0u8; 64 * 1024];
+        let mut at = range.start;
+        while at < range.end {
+            let length = (range.end - at).min(zeros.len() as u64);
+            self.write_at(at, &zeros[..length as usize])?;
+            at += length;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), DeviceError> {
+        self.file.sync_all().map_err(|source| self.error("flush", 0, self.size, source))
+    }
+}
+
+#[cfg(unix)]
+pub(crate) mod sys {
+    //! What Unix gives: positioned reads, holes.
+    use std::fs::File;
+    use std::io;
+    use std::os::unix::fs::FileExt;
+
+    use model::ByteRange;
+
+    pub fn read_exact_at(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        file.read_exact_at(buf, offset)
+    }
+
+    pub fn write_all_at(file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
+        file.write_all_at(buf, offset)
+    }
+
+    pub fn next_data(file: &File, from: u64, size: u64) -> io::Result<Option<ByteRange>> {
+        use rustix::fs::{SeekFrom, seek};
+        use rustix::io::Errno;
+        let start = match seek(file, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            // A block device and some file systems know no holes: everything may hold data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
+                return Ok(Some(ByteRange { start: from, end: size }));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if start >= size {
+            return Ok(None);
+        }
+        let end = match seek(file, SeekFrom::Hole(start)) {
+            Ok(end) if end > start => end,
+            Ok(_) => size,
+            Err(Errno::NXIO) => size,
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(ByteRange { start, end }))
+    }
+
+    pub fn punch_hole(file: &File, range: ByteRange) -> io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        fallocate(
+            file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            range.start,
+            range.end - range.start,
+        )?;
+        Ok(())
+    }
+}
+
+#[cfg(windows)]
+pub(crate) mod sys {
+    //! What Windows gives through the standard library: positioned reads. Holes need calls that come with the
+    //! Windows agent; until then everything may hold data, and zeros are found by reading.
+    use std::fs::File;
+    use std::io;
+    use std::os::windows::fs::FileExt;
+
+    use model::ByteRange;
+
+    pub fn read_exact_at(file: &File, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {
+        while !buf.is_empty() {
+            match file.seek_read(buf, offset) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    buf = &mut buf[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    pub fn write_all_at(file: &File, mut offset: u64, mut buf: &[u8]) -> io::Result<()> {
+        while !buf.is_empty() {
+            match file.seek_write(buf, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => {
+                    buf = &buf[count..];
+                    offset += count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    pub fn next_data(_file: &File, from: u64, size: u64) -> io::Result<Option<ByteRange>> {
+        Ok(Some(ByteRange { start: from, end: size }))
+    }
+
+    pub fn punch_hole(_file: &File, _range: ByteRange) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}

@@ -1,0 +1,1 @@
+//! Providers of protected machines behind one trait.

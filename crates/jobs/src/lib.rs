@@ -1,0 +1,1 @@
+//! What the product does: protect, synchronise, check, recover, verify, prune, reclaim.

@@ -1,0 +1,1 @@
+//! The server: sessions with agents, jobs, REST API.

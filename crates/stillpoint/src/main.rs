@@ -1,0 +1,2 @@
+//! The `stillpoint` program: server, agent and command line in one.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The storage pool: chunks, packs, index, replicas and recovery points on disk.

@@ -1,0 +1,1 @@
+//! Test builders: disks, image files, a fixed clock, the ledger.

@@ -1,0 +1,1 @@
+//! Both ends of moving blocks: read, hash, compress, credits, resume, audit.
