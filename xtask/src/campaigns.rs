@@ -1,0 +1,19 @@
+//! Campaigns: searches for faults that could go on for hours, of which the tests run a short slice.
+//!
+//! A campaign is one command that ends by itself and exits 0 only if it found nothing. It prints the seed that repeats
+//! a failure. To add one, add a line to [`CAMPAIGNS`].
+
+use std::time::Duration;
+
+/// One campaign and its slice for the tests.
+pub struct Campaign {
+    /// Its name, as the summary prints it.
+    pub name: &'static str,
+    /// Arguments for cargo that run the slice.
+    pub cargo: &'static [&'static str],
+    /// The slice is ended, and counts as failed, after this time.
+    pub limit: Duration,
+}
+
+/// All campaigns.
+pub const CAMPAIGNS: &[Campaign] = &[];
