@@ -297,17 +297,18 @@ impl Files for FolderFiles {
 
     fn make_folder(&self, folder: &str) -> io::Result<()> {
         let path = self.path(folder);
-        if path.is_dir() {
-            return Ok(());
-        }
+        let new_root = !self.root.is_dir();
         std::fs::create_dir_all(&path)?;
-        let mut above = path.as_path();
-        while let Some(parent) = above.parent() {
-            sync_folder(parent)?;
-            if parent == self.root || !above.starts_with(&self.root) {
+        // A folder that exists may stand there from a call that failed before its sync, so syncs are never saved.
+        for above in path.ancestors().skip(1) {
+            if above.starts_with(&self.root) {
+                sync_folder(above)?;
+            } else {
+                if new_root {
+                    sync_folder(if above.as_os_str().is_empty() { Path::new(".") } else { above })?;
+                }
                 break;
             }
-            above = parent;
         }
         Ok(())
     }

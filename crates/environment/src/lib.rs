@@ -7,6 +7,8 @@
 mod clock;
 mod files;
 mod randomness;
+
+pub mod conformance;
 pub mod simulated;
 
 pub use clock::{Clock, FixedClock, SystemClock};
