@@ -1,1 +1,3 @@
 //! The server: sessions with agents, jobs, REST API.
+
+pub mod api;
