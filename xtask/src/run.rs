@@ -91,8 +91,17 @@ pub fn with_deadline(command: Command, limit: Duration) -> Command {
     wrapped
 }
 
-/// Runs a test runner, echoes it line by line and sums up the result lines in it.
-pub fn counted(command: &mut Command) -> Result<(Tally, bool), String> {
+/// A test runner, by the closing lines that it prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runner {
+    /// `cargo test`: one line for each test program.
+    Cargo,
+    /// `cargo nextest`: one line in all. It repeats the output of failed tests, closing lines of theirs included.
+    Nextest,
+}
+
+/// Runs a test runner, echoes it line by line and sums up the closing lines in it.
+pub fn counted(runner: Runner, command: &mut Command) -> Result<(Tally, bool), String> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -119,7 +128,7 @@ pub fn counted(command: &mut Command) -> Result<(Tally, bool), String> {
         print!("{line}");
         // Echoing is best effort: a closed pipe must not turn a passing run into a failed one.
         let _ = std::io::stdout().flush();
-        if let Some(found) = result_line(&line) {
+        if let Some(found) = closing_line(runner, &line) {
             tally.add(found);
         }
     }
@@ -133,12 +142,10 @@ fn boxed(stream: impl Read + Send + 'static) -> Box<dyn Read + Send> {
 
 /// Reads one closing line of libtest (`test result: ok. 3 passed; 0 failed; 1 ignored; ..`) or of nextest
 /// (`Summary [   1.2s] 9 tests run: 8 passed (1 slow), 1 failed, 2 skipped`).
-pub fn result_line(line: &str) -> Option<Tally> {
-    let line = line.trim();
-    let rest = match line.strip_prefix("test result:") {
-        Some(rest) => rest,
-        None if line.starts_with("Summary [") => line.split_once("run:")?.1,
-        None => return None,
+fn closing_line(runner: Runner, line: &str) -> Option<Tally> {
+    let rest = match runner {
+        Runner::Cargo => line.strip_prefix("test result:")?,
+        Runner::Nextest => line.trim_start().strip_prefix("Summary [")?.split_once("run:")?.1,
     };
     let mut tally = Tally::default();
     for part in rest.split([',', ';', '.']) {
@@ -163,10 +170,11 @@ mod tests {
     #[test]
     fn reads_the_closing_lines_of_both_runners() {
         let libtest = "test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.01s";
-        assert_eq!(result_line(libtest), Some(Tally { passed: 3, failed: 2, skipped: 1 }));
+        assert_eq!(closing_line(Runner::Cargo, libtest), Some(Tally { passed: 3, failed: 2, skipped: 1 }));
+        assert_eq!(closing_line(Runner::Nextest, libtest), None);
         let nextest = "     Summary [   1.234s] 12 tests run: 9 passed (1 slow, 2 flaky), 2 failed, 1 timed out, 5 skipped";
-        assert_eq!(result_line(nextest), Some(Tally { passed: 9, failed: 3, skipped: 5 }));
-        assert_eq!(result_line("9 passed, 1 failed"), None);
+        assert_eq!(closing_line(Runner::Nextest, nextest), Some(Tally { passed: 9, failed: 3, skipped: 5 }));
+        assert_eq!(closing_line(Runner::Nextest, "9 passed, 1 failed"), None);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! over steps and tests: `N passed, N failed`, with `, N skipped` if tests were left out.
 
 use crate::campaigns::CAMPAIGNS;
-use crate::run::{self, Tally};
+use crate::run::{self, Runner, Tally};
 use crate::{changelog, install, layers, licences, windows, workspace};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -44,10 +44,10 @@ impl Suite {
     }
 
     /// A test runner: its tests count, and a run without a single test is a failure.
-    fn tests(&mut self, name: &str, command: Command) -> bool {
+    fn tests(&mut self, name: &str, runner: Runner, command: Command) -> bool {
         let mut sum = Tally::default();
         let passed = self.step(name, || {
-            let (tally, success) = run::counted(&mut run::with_deadline(command, LIMIT_TESTS))?;
+            let (tally, success) = run::counted(runner, &mut run::with_deadline(command, LIMIT_TESTS))?;
             sum = tally;
             match (success, tally) {
                 (true, Tally { passed: 0, .. }) => Err("no test ran".to_owned()),
@@ -100,12 +100,13 @@ pub fn run(quick: bool) -> bool {
         // nextest where it is at hand: it ends hanging tests one by one. cargo's own runner otherwise, because building
         // nextest would take longer than all the tests.
         let mut command = run::cargo();
-        if run::on_path("cargo-nextest") {
-            command.args(["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]);
-        } else {
-            command.args(["test", "--locked", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests"]);
-        }
-        suite.tests("tests", command);
+        let runner = if run::on_path("cargo-nextest") { Runner::Nextest } else { Runner::Cargo };
+        command.args(match runner {
+            Runner::Nextest => ["nextest", "run"].as_slice(),
+            Runner::Cargo => &["test", "--lib", "--bins", "--tests"],
+        });
+        command.args(["--locked", "--workspace", "--no-fail-fast"]);
+        suite.tests("tests", runner, command);
     }
     if built && !quick {
         suite.check("documentation", || {
