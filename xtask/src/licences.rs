@@ -46,8 +46,7 @@ pub fn run() -> Result<(), String> {
     let path = workspace::read()?.root.join("deny.toml");
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     let policy: Policy = toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    let tree = workspace::dependency_tree()?;
-    let packages = tree["packages"].as_array().ok_or("cargo metadata lists no packages")?;
+    let packages = workspace::packages()?;
     let found: Vec<String> = packages.iter().flat_map(|package| check(&policy, package)).collect();
     if found.is_empty() {
         eprintln!("xtask: licences, bans and sources of {} packages are in order", packages.len());

@@ -1,6 +1,7 @@
 //! Starting other programs: echoing their output, counting tests in it, and ending them when they hang.
 
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -32,9 +33,19 @@ impl std::fmt::Display for Tally {
     }
 }
 
-/// `cargo` of the toolchain that runs this program.
+/// `cargo` of the toolchain that runs this program, in the root of the workspace: chores work from whatever folder they
+/// are called.
 pub fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    cargo_at(Path::new(&std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())))
+}
+
+/// Another cargo, in the same folder.
+pub fn cargo_at(program: &Path) -> Command {
+    let mut command = Command::new(program);
+    if let Some(xtask) = std::env::var_os("CARGO_MANIFEST_DIR") {
+        command.current_dir(Path::new(&xtask).join(".."));
+    }
+    command
 }
 
 /// Whether `program` is on the path.

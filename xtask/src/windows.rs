@@ -65,7 +65,7 @@ fn cargo(toolchain: &Toolchain) -> Command {
     match toolchain {
         Toolchain::Ours => run::cargo(),
         Toolchain::Unpacked(prefix) => {
-            let mut command = Command::new(prefix.join("usr/bin/cargo"));
+            let mut command = run::cargo_at(&prefix.join("usr/bin/cargo"));
             for ours in ["RUSTUP_TOOLCHAIN", "CARGO", "RUSTDOC", "RUSTC_WRAPPER", "CARGO_BUILD_TARGET"] {
                 command.env_remove(ours);
             }

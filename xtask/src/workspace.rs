@@ -2,6 +2,7 @@
 
 use crate::run;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// Our crates and where things are.
@@ -33,9 +34,39 @@ pub enum Need {
     Tests,
 }
 
-/// The metadata of the whole dependency tree, as cargo prints it.
-pub fn dependency_tree() -> Result<Value, String> {
-    metadata(&["--locked"])
+/// The metadata of every package that is built for some target, with all our features.
+///
+/// Cargo.lock and cargo's metadata also hold packages that a feature only mentions (`ring?/std`), so this takes the
+/// names from `cargo tree`, which resolves features as a build does.
+pub fn packages() -> Result<Vec<Value>, String> {
+    let mut tree = run::cargo();
+    tree.args(["tree", "--locked", "--workspace", "--all-features", "--target", "all", "--edges", "all"]);
+    tree.args(["--prefix", "none", "--format", "{p}"]);
+    let tree = run::output(&mut tree)?;
+    let built: BTreeSet<(&str, &str)> = tree
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?, words.next()?.strip_prefix('v')?))
+        })
+        .collect();
+    let mut json = metadata(&["--locked"])?;
+    let mut packages = match json["packages"].take() {
+        Value::Array(packages) => packages,
+        _ => return Err("cargo metadata lists no packages".to_owned()),
+    };
+    packages.retain(|package| match (package["name"].as_str(), package["version"].as_str()) {
+        (Some(name), Some(version)) => built.contains(&(name, version)),
+        _ => true, // for the check to complain about
+    });
+    if packages.len() < built.len() {
+        return Err(format!(
+            "cargo tree names {} packages, cargo metadata {} of them",
+            built.len(),
+            packages.len()
+        ));
+    }
+    Ok(packages)
 }
 
 /// The workspace without its dependencies; needs no network.
@@ -68,9 +99,6 @@ pub fn read() -> Result<Workspace, String> {
 fn metadata(flags: &[&str]) -> Result<Value, String> {
     let mut command = run::cargo();
     command.args(["metadata", "--format-version", "1"]).args(flags);
-    if let Some(xtask) = std::env::var_os("CARGO_MANIFEST_DIR") {
-        command.current_dir(PathBuf::from(xtask).join(".."));
-    }
     let text = run::output(&mut command)?;
     serde_json::from_str(&text).map_err(|e| format!("cargo metadata is not JSON: {e}"))
 }
