@@ -133,7 +133,8 @@ pub fn run(quick: bool) -> bool {
 
 /// The demo from the development build, which is there already.
 fn demo() -> Result<(), String> {
-    run::run(run::cargo().args(["build", "--locked", "--workspace"]))?;
+    // With the tests, so that features are resolved as for them and nothing is built twice.
+    run::run(run::cargo().args(["build", "--locked", "--workspace", "--tests", "--bins"]))?;
     let program = workspace::read()?.target.join("debug").join("stillpoint");
     let mut command = Command::new(program);
     command.arg("demo");

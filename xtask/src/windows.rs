@@ -56,7 +56,7 @@ fn rustup_adds() -> bool {
 pub fn check(toolchain: &Toolchain) -> Result<(), String> {
     let folder = workspace::read()?.target.join("windows");
     let mut command = cargo(toolchain);
-    command.args(["check", "--locked", "--target", TARGET, "--package", ROOT_ROOM]);
+    command.args(["check", "--locked", "--keep-going", "--target", TARGET, "--package", ROOT_ROOM]);
     command.env("CARGO_TARGET_DIR", folder).env("RUSTFLAGS", "-D warnings");
     run::run(&mut command)
 }
