@@ -136,6 +136,10 @@ fn demo() -> Result<(), String> {
     // With the tests, so that features are resolved as for them and nothing is built twice.
     run::run(run::cargo().args(["build", "--locked", "--workspace", "--tests", "--bins"]))?;
     let program = workspace::read()?.target.join("debug").join("stillpoint");
+    // A program that ignores what it does not know would pass for a demo.
+    if !run::output(Command::new(&program).arg("--help"))?.contains("demo") {
+        return Err(format!("{} --help does not list `demo`", program.display()));
+    }
     let mut command = Command::new(program);
     command.arg("demo");
     run::run(&mut run::with_deadline(command, LIMIT_DEMO))
