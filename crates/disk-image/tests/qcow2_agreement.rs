@@ -204,9 +204,32 @@ fn raw_backing_files_stated_and_not() {
     img(path, &format!("create -q -f qcow2 -b base.raw -F raw top.qcow2 {SIZE}"));
     io(path, "top.qcow2", &["write -P 9 1000448 512", "write -z 65536 131072"]);
     agrees(path, "top.qcow2", "raw backing");
+
+    // The same without a stated format: another type makes the header extension an unknown one. No magic: it is raw.
+    let mut image = std::fs::read(path.join("top.qcow2")).unwrap();
+    let at = image.windows(4).position(|bytes| bytes == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    image[at..at + 4].copy_from_slice(b"none");
+    std::fs::write(path.join("unstated.qcow2"), image).unwrap();
+    let unstated = open(path, "unstated.qcow2").unwrap();
+    assert_eq!(unstated.info().backing.unwrap().format, None);
+    block_io::conformance::examine(&unstated, &qcow2_common::qemu_bytes(path, "top.qcow2"));
+
     img(path, "rebase -u -f qcow2 -F raw -b ./base.raw top.qcow2");
     let error = open(path, "top.qcow2").err().unwrap();
     assert!(matches!(error, disk_image::ImageError::NotAllowed { .. }), "{error}");
+}
+
+#[test]
+fn vhd_backing_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    std::fs::write(path.join("disk.raw"), mixed(5 << 20)).unwrap();
+    img(path, "convert -f raw -O vpc -o force_size=on disk.raw base.vhd");
+    img(path, &format!("create -q -f qcow2 -b base.vhd -F vpc top.qcow2 {SIZE}"));
+    io(path, "top.qcow2", &["write -P 9 1000448 512", "write -z 65536 131072"]);
+    // Not compared by `map`: QEMU does not look at the sector bitmaps of a VHD and calls whole blocks data.
+    let top = open(path, "top.qcow2").unwrap();
+    block_io::conformance::examine(&top, &qcow2_common::qemu_bytes(path, "top.qcow2"));
 }
 
 #[test]

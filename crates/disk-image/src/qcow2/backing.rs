@@ -58,10 +58,9 @@ impl Below {
         let device: Arc<dyn BlockDevice> = match format {
             ImageFormat::Raw => file,
             ImageFormat::Qcow2 => Arc::new(Reader::open_at(file, parents.as_ref(), depth)?),
-            // Becomes `crate::vhdx::Reader::open` and `crate::vhd::Reader::open` as soon as those are there.
-            ImageFormat::Vhdx | ImageFormat::Vhd => {
-                return Err(unsupported(format!("a backing file of format {}", format.word())));
-            }
+            ImageFormat::Vhd => Arc::new(crate::vhd::Reader::open(file, parents.as_ref())?),
+            // Becomes `crate::vhdx::Reader::open` as soon as that is there.
+            ImageFormat::Vhdx => return Err(unsupported("a backing file of format vhdx")),
         };
         Ok(Below { device, answer: Mutex::new(None) })
     }

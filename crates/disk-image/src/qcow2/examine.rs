@@ -219,9 +219,13 @@ fn compare(
         for (place, cluster) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(first..) {
             let (found, expected) = (u16::from_be_bytes(*place), u16::from(used.holds(cluster)));
             if found < expected {
+                let (structure, at) = match block {
+                    0 => ("refcount table entry", table_offset + index as u64 * 8),
+                    block => ("refcount block", block),
+                };
                 return Err(damaged(
-                    "refcount block",
-                    block,
+                    structure,
+                    at,
                     format!(
                         "the refcount of the cluster at {} is 0 and it is in use",
                         cluster * cluster_size
