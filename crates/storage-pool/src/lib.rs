@@ -1,1 +1,48 @@
-//! The storage pool: chunks, packs, index, replicas and recovery points on disk.
+//! Storage pool: chunks, replicas and recovery points on disk.
+//!
+//! Does not know virtual machines, schedules or people; see `jobs` for those. What must survive the loss of the catalog
+//! comes here as sealed documents that the pool keeps and does not read.
+//!
+//! Bytes on disk: docs/formats/storage-pool.md, normative. Only [`mod@format`] reads or writes them.
+//!
+//! - [`Pool`] opens, creates and reads a pool; its state is a pure function of the records of one sequence ([`state`]).
+//! - [`Ingest`] is one job's way in: blocks into packs, maps ([`map`]), and one record that makes it all count.
+//! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
+//! - [`verify`] proves stored bytes; [`reclaim`] frees what no point needs, through a deletion service of its own.
+//! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
+//!
+//! Invariants
+//! - A recovery point names only chunks that are durable and indexed (INV-2, INV-3). (must: breaking it loses data)
+//! - Nothing is renamed over, edited in place or cut; only the deletion service unlinks (INV-15). (must)
+//! - One writer: the next record's number can be taken once (INV-16). (must)
+//! - Every chunk of a pack is in a run (should: the next start indexes loose packs)
+//!
+//! | running \ starting | ingest | verify, read | reclaim | second writer |
+//! |---|---|---|---|---|
+//! | ingest | beside it: own packs, one index | beside it | refused as busy | refused by the lock, fenced by the sequence |
+//! | verify, read | beside it | beside it | beside it: files stay for the hold | beside it |
+//! | reclaim | waits | beside it | refused as busy | refused |
+
+pub mod chunk;
+pub mod error;
+pub mod format;
+mod frame;
+mod index;
+mod ingest;
+pub mod keys;
+pub mod kit;
+pub mod map;
+mod packs;
+mod point_device;
+mod pool;
+pub mod reclaim;
+mod sequence;
+pub mod state;
+pub mod verify;
+
+pub use error::{Damage, PoolError};
+pub use ingest::{FullCompare, Ingest, IngestFigures, JobNodes, NewDisk, NewPoint};
+pub use map::{MapEditor, MapReader, MapRoot};
+pub use packs::PACK_BYTES;
+pub use point_device::PointDevice;
+pub use pool::{Access, Created, Pool, PoolHeader, PoolNodes, Settings, World, key_name, read_header};

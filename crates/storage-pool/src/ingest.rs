@@ -1,0 +1,482 @@
+//! Writing a recovery point: chunks into packs, maps, and the one record that makes it all count (section 9.1).
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use model::{BLOCK_BYTES, Cause, Consistency, DatasourceId, DomainId, JobId, RecoveryPointId, Timestamp};
+
+use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+use crate::error::PoolError;
+use crate::format::node::levels;
+use crate::format::pack::{self, PackKind};
+use crate::format::payload::Kind;
+use crate::frame::{self, BLOCK};
+use crate::keys::DomainKeys;
+use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
+use crate::packs::{FinishedPack, PackWriter};
+use crate::pool::{IngestPass, Pool, PoolNodes};
+use crate::state::{self, Point, PointDisk};
+
+/// Nodes put into one frame.
+const NODES_A_FRAME: usize = 16;
+/// Chunks of this job that are held in memory before they are written into a run.
+const HELD_ENTRIES: usize = 400_000;
+
+struct Inner {
+    blocks: Option<PackWriter>,
+    nodes: Option<PackWriter>,
+    /// Chunks of the two packs that are not finished.
+    current: HashMap<ChunkId, Location>,
+    /// Nodes not in a frame yet.
+    waiting: Vec<(ChunkId, Vec<u8>)>,
+    /// Packs of this job that are durable.
+    finished: HashSet<PackId>,
+    entries: usize,
+    /// Frames of earlier jobs whose bytes this job has proved (INV-9).
+    proved: HashSet<(PackId, u32)>,
+    figures: IngestFigures,
+}
+
+/// What an ingest did to the pool. Bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct IngestFigures {
+    /// Files written: packs.
+    pub stored: u64,
+    /// Blocks that were stored because nothing like them was there, before compression.
+    pub new_blocks: u64,
+    /// Blocks that arrived and were there already, before compression.
+    pub duplicate_blocks: u64,
+}
+
+/// One job's way into the pool. Everything it stored without a commit is garbage that a later job may use.
+pub struct Ingest {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    pool: Arc<Pool>,
+    keys: Arc<DomainKeys>,
+    inner: Mutex<Inner>,
+    _pass: IngestPass,
+}
+
+impl Shared {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Nodes as a job sees them: its own unfinished ones and the pool's.
+#[derive(Clone)]
+pub struct JobNodes(Arc<Shared>);
+
+impl NodeSource for JobNodes {
+    fn node(&self, id: &ChunkId) -> Result<Vec<u8>, PoolError> {
+        {
+            let inner = self.0.inner();
+            if let Some((_, bytes)) = inner.waiting.iter().find(|(waiting, _)| waiting == id) {
+                return Ok(bytes.clone());
+            }
+            if let (Some(place), Some(writer)) = (inner.current.get(id), &inner.nodes)
+                && place.pack == writer.id()
+            {
+                let (header, encoded) = writer.read_frame(*place)?;
+                let lost = |reason: String| PoolError::ChunkLost { chunk: id.to_string(), reason };
+                let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(lost)?;
+                let spans = frame::spans(PackKind::Nodes, usize::from(header.chunks), &content)
+                    .map_err(|error| lost(format!("{error:?}")))?;
+                return spans
+                    .get(place.slot())
+                    .map(|span| content[span.clone()].to_vec())
+                    .ok_or_else(|| lost("not in its frame".to_owned()));
+            }
+        }
+        PoolNodes { pool: self.0.pool.clone(), keys: self.0.keys.clone() }.node(id)
+    }
+}
+
+impl NodeSink for JobNodes {
+    fn put_node(&mut self, bytes: Vec<u8>) -> Result<ChunkId, PoolError> {
+        let id = self.0.keys.chunk_id(ChunkKind::Node, blake3::hash(&bytes).as_bytes());
+        if holds(&self.0, &id)? {
+            return Ok(id);
+        }
+        let mut inner = self.0.inner();
+        inner.waiting.push((id, bytes));
+        if inner.waiting.len() >= NODES_A_FRAME {
+            flush_nodes(&self.0, &mut inner)?;
+        }
+        Ok(id)
+    }
+}
+
+fn flush_nodes(shared: &Shared, inner: &mut Inner) -> Result<(), PoolError> {
+    if inner.waiting.is_empty() {
+        return Ok(());
+    }
+    let (ids, nodes): (Vec<ChunkId>, Vec<Vec<u8>>) = std::mem::take(&mut inner.waiting).into_iter().unzip();
+    let content = frame::join_nodes(&nodes);
+    put(shared, inner, PackKind::Nodes, frame::PLAIN, &content, content.len() as u32, &ids)
+}
+
+fn put(
+    shared: &Shared,
+    inner: &mut Inner,
+    kind: PackKind,
+    codec: u8,
+    encoded: &[u8],
+    decoded: u32,
+    ids: &[ChunkId],
+) -> Result<(), PoolError> {
+    let slot = match kind {
+        PackKind::Blocks => &mut inner.blocks,
+        PackKind::Nodes => &mut inner.nodes,
+    };
+    if slot.is_none() {
+        let id = PackId(shared.pool.world.random_id()?);
+        *slot = Some(PackWriter::begin(
+            shared.pool.world.files.clone(),
+            shared.pool.id(),
+            &shared.keys,
+            kind,
+            id,
+        )?);
+    }
+    let Some(writer) = slot else { return Ok(()) };
+    let places = writer.put(codec, encoded, decoded, ids)?;
+    let is_full = writer.length() >= crate::packs::PACK_BYTES;
+    inner.current.extend(ids.iter().copied().zip(places));
+    if is_full {
+        finish_pack(shared, inner, kind)?;
+    }
+    Ok(())
+}
+
+fn finish_pack(shared: &Shared, inner: &mut Inner, kind: PackKind) -> Result<(), PoolError> {
+    let writer = match kind {
+        PackKind::Blocks => inner.blocks.take(),
+        PackKind::Nodes => inner.nodes.take(),
+    };
+    let Some(writer) = writer else { return Ok(()) };
+    let id = writer.id();
+    let finished: FinishedPack = writer.finish()?;
+    inner.current.retain(|_, place| place.pack != id);
+    inner.finished.insert(id);
+    inner.entries += finished.table.len();
+    inner.figures.stored += finished.length;
+    let mut index = shared.pool.index_mut();
+    index.add_loose(&finished);
+    if inner.entries >= HELD_ENTRIES {
+        index.flush()?;
+        inner.entries = 0;
+    }
+    Ok(())
+}
+
+/// Whether the pool or this job has a copy of a chunk that may be used for a new point: not damaged, not in quarantine,
+/// and proved now if it is of an earlier job (INV-9).
+fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
+    {
+        let inner = shared.inner();
+        if inner.current.contains_key(id) || inner.waiting.iter().any(|(waiting, _)| waiting == id) {
+            return Ok(true);
+        }
+    }
+    for place in shared.pool.find(id)? {
+        if !shared.pool.state().is_healthy(place.pack, place.frame()) {
+            continue;
+        }
+        let key = (place.pack, place.frame());
+        {
+            let inner = shared.inner();
+            if inner.finished.contains(&place.pack) || inner.proved.contains(&key) {
+                return Ok(true);
+            }
+        }
+        if shared.pool.reader.is_sound(place, shared.keys.domain)? {
+            shared.inner().proved.insert(key);
+            return Ok(true);
+        }
+        let record = crate::format::payload::Damage {
+            pack: place.pack.0.to_vec(),
+            frames: vec![place.frame()],
+            reason: "its bytes did not fit their hash when a backup wanted to share it".to_owned(),
+        };
+        shared.pool.append(Kind::Damage, &record)?;
+    }
+    Ok(false)
+}
+
+/// What is said about a new point.
+#[derive(Debug, Clone)]
+pub struct NewPoint {
+    /// The machine.
+    pub datasource: DatasourceId,
+    /// Its name now.
+    pub machine: String,
+    /// Its host's name now.
+    pub host: String,
+    /// The point it was made from.
+    pub base: Option<RecoveryPointId>,
+    /// When the view was frozen.
+    pub captured: Timestamp,
+    /// How far the view can be trusted.
+    pub consistency: Consistency,
+    /// Why that far.
+    pub evidence: String,
+    /// What was done, and why.
+    pub cause: Cause,
+    /// The job.
+    pub job: Option<JobId>,
+    /// Its figures.
+    pub figures: BTreeMap<String, u64>,
+    /// Definition of the machine.
+    pub definition: String,
+    /// Whether disks are missing.
+    pub incomplete: bool,
+}
+
+/// What is said about a disk of a new point.
+#[derive(Debug, Clone)]
+pub struct NewDisk {
+    /// From 0.
+    pub index: u32,
+    /// Bytes.
+    pub size: u64,
+    /// 512 or 4096.
+    pub sector: u32,
+    /// Its map.
+    pub map: MapRoot,
+    /// What recovery needs to make the image again.
+    pub description: String,
+    /// Where the audit goes on.
+    pub audit_next: u64,
+    /// Whether this point read the disk in full; else the point that did.
+    pub full_compare: FullCompare,
+}
+
+/// Which point read a disk in full last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FullCompare {
+    /// The new one.
+    Now,
+    /// An earlier one, or none.
+    At(Option<RecoveryPointId>),
+}
+
+impl Ingest {
+    /// Begins, in a domain of the pool. Waits while a reclaim runs.
+    pub fn begin(pool: &Arc<Pool>, domain: DomainId) -> Result<Ingest, PoolError> {
+        if !pool.is_writable() {
+            return Err(PoolError::ReadOnly);
+        }
+        let shared = Shared {
+            pool: pool.clone(),
+            keys: pool.domain_keys(domain),
+            inner: Mutex::new(Inner {
+                blocks: None,
+                nodes: None,
+                current: HashMap::new(),
+                waiting: Vec::new(),
+                finished: HashSet::new(),
+                entries: 0,
+                proved: HashSet::new(),
+                figures: IngestFigures::default(),
+            }),
+            _pass: pool.enter_ingest(),
+        };
+        Ok(Ingest { shared: Arc::new(shared) })
+    }
+
+    /// Chunk id of a block with this plain hash.
+    pub fn chunk_id(&self, block_hash: &[u8; 32]) -> ChunkId {
+        self.shared.keys.chunk_id(ChunkKind::Block, block_hash)
+    }
+
+    /// Whether this very job stored the block.
+    pub fn is_in_job(&self, id: &ChunkId) -> Result<bool, PoolError> {
+        if self.shared.inner().current.contains_key(id) {
+            return Ok(true);
+        }
+        let found = self.shared.pool.find(id)?;
+        let inner = self.shared.inner();
+        Ok(found.iter().any(|place| inner.finished.contains(&place.pack)))
+    }
+
+    /// Whether a chunk that a map names can be had and may be used for a new point. Looks at the index only.
+    pub fn is_usable(&self, id: &ChunkId) -> Result<bool, PoolError> {
+        if self.shared.inner().current.contains_key(id) {
+            return Ok(true);
+        }
+        let found = self.shared.pool.find(id)?;
+        let state = self.shared.pool.state();
+        Ok(found.iter().any(|place| state.is_healthy(place.pack, place.frame())))
+    }
+
+    /// Whether the pool has a copy of the block that a new point may use. Proves the copy's bytes.
+    pub fn holds(&self, id: &ChunkId) -> Result<bool, PoolError> {
+        holds(&self.shared, id)
+    }
+
+    /// Stores the blocks of a frame that the pool does not hold. `encoded` must decode to one block of 65,536 bytes for
+    /// each of `hashes`, and each block must have that hash: the caller has proved it. Returns the chunk ids.
+    pub fn put_blocks(
+        &self,
+        is_zstd: bool,
+        encoded: &[u8],
+        hashes: &[[u8; 32]],
+    ) -> Result<Vec<ChunkId>, PoolError> {
+        let ids: Vec<ChunkId> = hashes.iter().map(|hash| self.chunk_id(hash)).collect();
+        if ids.is_empty() || ids.len() > pack::MAX_CHUNKS {
+            return Err(PoolError::Misuse(format!("a frame of {} blocks", ids.len())));
+        }
+        let mut new = Vec::new();
+        for (position, id) in ids.iter().enumerate() {
+            if !ids[..position].contains(id) && !self.holds(id)? {
+                new.push(position);
+            }
+        }
+        let mut inner = self.shared.inner();
+        inner.figures.new_blocks += new.len() as u64 * BLOCK_BYTES;
+        inner.figures.duplicate_blocks += (ids.len() - new.len()) as u64 * BLOCK_BYTES;
+        if new.is_empty() {
+            return Ok(ids);
+        }
+        let decoded = ids.len() * BLOCK;
+        let codec = if is_zstd { frame::ZSTD } else { frame::PLAIN };
+        if new.len() == ids.len() {
+            // The bytes that the agent compressed are stored as they came (decision 2).
+            put(&self.shared, &mut inner, PackKind::Blocks, codec, encoded, decoded as u32, &ids)?;
+            return Ok(ids);
+        }
+        let content = frame::decode(codec, encoded, decoded).map_err(PoolError::Misuse)?;
+        let mut kept = Vec::with_capacity(new.len() * BLOCK);
+        for &position in &new {
+            kept.extend_from_slice(&content[position * BLOCK..(position + 1) * BLOCK]);
+        }
+        let (codec, encoded) = frame::encode(self.shared.pool.settings().zstd_level, &kept);
+        let new_ids: Vec<ChunkId> = new.iter().map(|&position| ids[position]).collect();
+        put(&self.shared, &mut inner, PackKind::Blocks, codec, &encoded, kept.len() as u32, &new_ids)?;
+        Ok(ids)
+    }
+
+    /// Begins the map of a disk of `size` bytes from `base`, or from zeros where there is none or it has another height.
+    pub fn edit_map(&self, base: Option<MapRoot>, size: u64) -> Result<MapEditor<JobNodes>, PoolError> {
+        let blocks = size.div_ceil(BLOCK_BYTES);
+        let base = base.filter(|base| base.levels == levels(blocks)).unwrap_or(MapRoot::zeros(blocks));
+        MapEditor::new(self.nodes(), base, blocks)
+    }
+
+    /// Reads any map of this domain, as this job sees it.
+    pub fn read_map(&self, map: MapRoot) -> MapReader<JobNodes> {
+        MapReader::new(self.nodes(), map)
+    }
+
+    /// Nodes as this job sees and makes them.
+    pub fn nodes(&self) -> JobNodes {
+        JobNodes(self.shared.clone())
+    }
+
+    /// What was stored so far.
+    pub fn figures(&self) -> IngestFigures {
+        self.shared.inner().figures
+    }
+
+    /// Makes everything stored so far durable and indexed.
+    pub fn settle(&self) -> Result<(), PoolError> {
+        let mut inner = self.shared.inner();
+        flush_nodes(&self.shared, &mut inner)?;
+        finish_pack(&self.shared, &mut inner, PackKind::Blocks)?;
+        finish_pack(&self.shared, &mut inner, PackKind::Nodes)?;
+        self.shared.pool.index_mut().flush()?;
+        inner.entries = 0;
+        Ok(())
+    }
+
+    /// Reads the packs of this job back from the disk and compares every byte with its hash: the replica's proof after
+    /// an initial replication (S15). Call after [`Ingest::settle`].
+    pub fn prove_packs(&self) -> Result<(), PoolError> {
+        let packs: Vec<PackId> = self.shared.inner().finished.iter().copied().collect();
+        for id in packs {
+            let found = crate::packs::examine(&*self.shared.pool.world.files, self.shared.pool.id(), id)?;
+            if let Some((offset, reason)) = found.damaged.into_iter().next() {
+                return Err(PoolError::Damaged {
+                    path: self.shared.pool.world.files.display(&pack::name(id)),
+                    offset,
+                    reason,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Proves that every chunk of a map can be found in the pool: the replica's structure after an initial
+    /// replication (S15). Returns the number of blocks with data.
+    pub fn prove_map(&self, map: MapRoot) -> Result<u64, PoolError> {
+        let reader = self.read_map(map);
+        let (mut blocks, mut failed) = (0, None);
+        reader.walk(
+            &mut |_, _| true,
+            &mut |block, chunk| match self.is_usable(&chunk) {
+                Ok(true) => blocks += 1,
+                Ok(false) => {
+                    failed.get_or_insert(PoolError::ChunkLost {
+                        chunk: chunk.to_string(),
+                        reason: format!("block {block} of the new map is in no sound pack"),
+                    });
+                }
+                Err(error) => failed = Some(error),
+            },
+            &mut |_, _| {},
+        );
+        failed.map_or(Ok(blocks), Err)
+    }
+
+    /// Commits the point: everything it names durable and indexed, then its record, read back. Only when this returns may
+    /// anybody be told.
+    pub fn commit(self, id: RecoveryPointId, new: NewPoint, disks: Vec<NewDisk>) -> Result<Point, PoolError> {
+        self.settle()?;
+        let point = Point {
+            number: 0,
+            id,
+            datasource: new.datasource,
+            machine: new.machine,
+            host: new.host,
+            domain: self.shared.keys.domain,
+            base: new.base,
+            captured: new.captured,
+            consistency: new.consistency,
+            evidence: new.evidence,
+            cause: new.cause,
+            disks: disks
+                .into_iter()
+                .map(|disk| PointDisk {
+                    index: disk.index,
+                    size: disk.size,
+                    sector: disk.sector,
+                    root: disk.map.root,
+                    levels: disk.map.levels,
+                    description: disk.description,
+                    audit_next: disk.audit_next,
+                    full_compare: match disk.full_compare {
+                        FullCompare::Now => Some(id),
+                        FullCompare::At(earlier) => earlier,
+                    },
+                })
+                .collect(),
+            job: new.job,
+            figures: new.figures,
+            definition: new.definition,
+            incomplete: new.incomplete,
+            deleted: None,
+            suspect: None,
+            verified: None,
+        };
+        if self.shared.pool.state().points.contains_key(&id) {
+            return Err(PoolError::Misuse(format!("recovery point {id} exists")));
+        }
+        let record = state::encode_point(&point);
+        self.shared.pool.append(Kind::Point, &record)?;
+        self.shared.pool.point(id)
+    }
+}

@@ -1,0 +1,494 @@
+//! Writing and reading packs (section 6).
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use environment::{Files, NewFile, ReadFile};
+use model::{DomainId, PoolId};
+
+use crate::chunk::{ChunkId, Location, PackId};
+use crate::error::PoolError;
+use crate::format::pack::{
+    self, FRAME_HEADER, FrameHeader, HEADER, PackHeader, PackKind, TableEntry, Trailer,
+};
+use crate::format::{FormatError, short_hash};
+use crate::frame;
+use crate::keys::{DomainKeys, Keys, SealKey, frame_nonce, table_nonce};
+
+/// A pack is finished when it has grown to this: large enough that its sync costs little, small enough that a cut
+/// loses little and a rewrite moves little.
+pub const PACK_BYTES: u64 = 32 << 20;
+
+/// A pack being written.
+pub struct PackWriter {
+    files: Arc<dyn Files>,
+    header: PackHeader,
+    raw_header: [u8; HEADER],
+    key: SealKey,
+    file: Box<dyn NewFile>,
+    length: u64,
+    frames: u32,
+    table: Vec<TableEntry>,
+}
+
+/// A pack that is durable.
+#[derive(Debug, Clone)]
+pub struct FinishedPack {
+    /// Its header.
+    pub header: PackHeader,
+    /// Bytes of its file.
+    pub length: u64,
+    /// Its chunks.
+    pub table: Vec<TableEntry>,
+}
+
+impl PackWriter {
+    /// Begins a pack. It has no name until it is finished.
+    pub fn begin(
+        files: Arc<dyn Files>,
+        pool: PoolId,
+        keys: &DomainKeys,
+        kind: PackKind,
+        id: PackId,
+    ) -> Result<PackWriter, PoolError> {
+        let name = pack::name(id);
+        let failed = |source| PoolError::io(files.display(&name), "create", source);
+        files.make_folder(&format!("packs/{:02x}", id.0[0])).map_err(failed)?;
+        let mut file = files.create(&name).map_err(failed)?;
+        let header = PackHeader { kind, pool, domain: keys.domain, pack: id };
+        let raw_header = header.encode();
+        file.append(&raw_header).map_err(failed)?;
+        let key = keys.pack(id)?;
+        Ok(PackWriter {
+            files,
+            header,
+            raw_header,
+            key,
+            file,
+            length: HEADER as u64,
+            frames: 0,
+            table: Vec::new(),
+        })
+    }
+
+    /// The pack's id.
+    pub fn id(&self) -> PackId {
+        self.header.pack
+    }
+
+    /// Bytes so far.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), PoolError> {
+        self.file.append(bytes).map_err(|source| {
+            PoolError::io(self.files.display(&pack::name(self.header.pack)), "write", source)
+        })?;
+        self.length += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Seals and appends a frame holding `ids`; `encoded` decodes to `decoded` bytes. Returns where each chunk is.
+    pub fn put(
+        &mut self,
+        codec: u8,
+        encoded: &[u8],
+        decoded: u32,
+        ids: &[ChunkId],
+    ) -> Result<Vec<Location>, PoolError> {
+        if ids.is_empty() || ids.len() > pack::MAX_CHUNKS || decoded > pack::MAX_DECODED {
+            return Err(PoolError::Misuse(format!("a frame of {} chunks, {decoded} bytes", ids.len())));
+        }
+        let offset = self.length;
+        let mut header = FrameHeader {
+            stored: (encoded.len() + crate::keys::TAG) as u32,
+            codec,
+            chunks: ids.len() as u8,
+            decoded,
+            hash: [0; 16],
+        };
+        let aad: [u8; 16] = super::format::take(&header.encode(), 0).unwrap_or_default();
+        let mut bytes = Vec::with_capacity(FRAME_HEADER + encoded.len() + 32);
+        bytes.extend_from_slice(encoded);
+        self.key.seal(frame_nonce(offset), &aad, &mut bytes)?;
+        header.hash = short_hash(&[&bytes]);
+        self.append(&header.encode())?;
+        bytes.resize((pack::frame_span(header.stored) as usize) - FRAME_HEADER, 0);
+        self.append(&bytes)?;
+        self.frames += 1;
+        let mut places = Vec::with_capacity(ids.len());
+        for (slot, &id) in ids.iter().enumerate() {
+            let location = offset as u32 | slot as u32;
+            self.table.push(TableEntry { id, location });
+            places.push(Location { pack: self.header.pack, at: location });
+        }
+        Ok(places)
+    }
+
+    /// Bytes of an appended frame, for a reader that cannot wait for the pack's name.
+    pub fn read_frame(&self, location: Location) -> Result<(FrameHeader, Vec<u8>), PoolError> {
+        let path = || self.files.display(&pack::name(self.header.pack));
+        let read = |at: u64, buf: &mut [u8]| {
+            self.file.read_exact_at(at, buf).map_err(|source| PoolError::io(path(), "read", source))
+        };
+        open_frame(&self.key, location.frame(), read).map_err(|failure| failure.in_file(path()))
+    }
+
+    /// Writes table and trailer and makes the pack durable.
+    pub fn finish(mut self) -> Result<FinishedPack, PoolError> {
+        let table_offset = self.length;
+        let mut table = pack::encode_table(&self.table);
+        self.key.seal(table_nonce(table_offset), &self.raw_header, &mut table)?;
+        let trailer = Trailer {
+            table_offset,
+            table_stored: table.len() as u32,
+            chunks: self.table.len() as u32,
+            frames: self.frames,
+        };
+        self.append(&table)?;
+        self.append(&trailer.encode(&self.raw_header, &table))?;
+        let path = self.files.display(&pack::name(self.header.pack));
+        self.file.publish().map_err(|source| PoolError::io(path, "make durable", source))?;
+        Ok(FinishedPack { header: self.header, length: self.length, table: self.table })
+    }
+}
+
+/// Why a frame cannot be had.
+pub(crate) enum FrameFailure {
+    Format(FormatError),
+    Pool(PoolError),
+}
+
+impl FrameFailure {
+    pub(crate) fn in_file(self, path: String) -> PoolError {
+        match self {
+            FrameFailure::Format(error) => error.in_file(path),
+            FrameFailure::Pool(error) => error,
+        }
+    }
+}
+
+/// Reads, checks and unseals the frame at `offset`; gives the encoded bytes.
+fn open_frame(
+    key: &SealKey,
+    offset: u32,
+    read: impl Fn(u64, &mut [u8]) -> Result<(), PoolError>,
+) -> Result<(FrameHeader, Vec<u8>), FrameFailure> {
+    let at = u64::from(offset);
+    let mut raw = [0u8; FRAME_HEADER];
+    read(at, &mut raw).map_err(FrameFailure::Pool)?;
+    let header = FrameHeader::decode(&raw, at).map_err(FrameFailure::Format)?;
+    let mut bytes = vec![0u8; header.stored as usize];
+    read(at + FRAME_HEADER as u64, &mut bytes).map_err(FrameFailure::Pool)?;
+    // The tag proves more than the short hash does; the hash is for those without a key.
+    let Some(plain) = key.open(frame_nonce(at), &raw[..16], &mut bytes) else {
+        return Err(FrameFailure::Format(FormatError::at(
+            at,
+            "the seal of the frame does not fit its bytes",
+        )));
+    };
+    let length = plain.len();
+    bytes.truncate(length);
+    Ok((header, bytes))
+}
+
+/// Frames decoded last, kept by a reader.
+const CACHED_FRAMES: usize = 48;
+/// Pack files kept open by a reader.
+const OPEN_PACKS: usize = 64;
+
+struct OpenPack {
+    file: Box<dyn ReadFile>,
+    key: SealKey,
+    path: String,
+}
+
+/// A decoded frame.
+pub struct DecodedFrame {
+    content: Vec<u8>,
+    spans: Vec<std::ops::Range<usize>>,
+}
+
+impl DecodedFrame {
+    /// The chunk in place `slot`.
+    pub fn chunk(&self, slot: usize) -> Option<&[u8]> {
+        self.spans.get(slot).and_then(|span| self.content.get(span.clone()))
+    }
+}
+
+/// Keeps the last few of something, dropping the least recently used.
+struct Recent<K, V> {
+    capacity: usize,
+    turn: u64,
+    held: HashMap<K, (u64, V)>,
+}
+
+impl<K: std::hash::Hash + Eq + Copy, V: Clone> Recent<K, V> {
+    fn new(capacity: usize) -> Recent<K, V> {
+        Recent { capacity, turn: 0, held: HashMap::new() }
+    }
+
+    fn get(&mut self, key: &K) -> Option<V> {
+        self.turn += 1;
+        let turn = self.turn;
+        self.held.get_mut(key).map(|(used, value)| {
+            *used = turn;
+            value.clone()
+        })
+    }
+
+    fn put(&mut self, key: K, value: V) {
+        if self.held.len() >= self.capacity
+            && let Some(oldest) = self.held.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key)
+        {
+            self.held.remove(&oldest);
+        }
+        self.turn += 1;
+        self.held.insert(key, (self.turn, value));
+    }
+}
+
+/// Reads chunks out of packs, with a few files open and a few frames decoded.
+pub struct PackReader {
+    files: Arc<dyn Files>,
+    keys: Keys,
+    open: Mutex<Recent<PackId, Arc<OpenPack>>>,
+    frames: Mutex<Recent<(PackId, u32), Arc<DecodedFrame>>>,
+}
+
+impl PackReader {
+    /// A reader of the packs in `files`.
+    pub fn new(files: Arc<dyn Files>, keys: Keys) -> PackReader {
+        PackReader {
+            files,
+            keys,
+            open: Mutex::new(Recent::new(OPEN_PACKS)),
+            frames: Mutex::new(Recent::new(CACHED_FRAMES)),
+        }
+    }
+
+    fn open(&self, pack: PackId, domain: DomainId) -> Result<Arc<OpenPack>, PoolError> {
+        if let Some(found) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(&pack) {
+            return Ok(found);
+        }
+        let name = pack::name(pack);
+        let path = self.files.display(&name);
+        let file = self.files.open(&name).map_err(|source| PoolError::io(path.clone(), "open", source))?;
+        let opened = Arc::new(OpenPack { file, key: self.keys.domain(domain).pack(pack)?, path });
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
+        Ok(opened)
+    }
+
+    /// The encoded bytes of the frame at `location`.
+    pub fn encoded(&self, location: Location, domain: DomainId) -> Result<(FrameHeader, Vec<u8>), PoolError> {
+        let pack = self.open(location.pack, domain)?;
+        let read = |at: u64, buf: &mut [u8]| {
+            pack.file.read_exact_at(at, buf).map_err(|source| match source.kind() {
+                std::io::ErrorKind::UnexpectedEof => {
+                    FormatError::at(at, "the pack ends before this byte").in_file(pack.path.clone())
+                }
+                _ => PoolError::io(pack.path.clone(), "read", source),
+            })
+        };
+        open_frame(&pack.key, location.frame(), read).map_err(|failure| failure.in_file(pack.path.clone()))
+    }
+
+    /// The decoded frame at `location`, from the cache where it is. Its chunks are not compared with their ids yet.
+    pub fn decoded(
+        &self,
+        location: Location,
+        domain: DomainId,
+        kind: PackKind,
+    ) -> Result<Arc<DecodedFrame>, PoolError> {
+        let key = (location.pack, location.frame());
+        if let Some(found) = self.frames.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(found);
+        }
+        let (header, encoded) = self.encoded(location, domain)?;
+        let path = || self.files.display(&pack::name(location.pack));
+        let damaged = |reason: String| FormatError::at(u64::from(location.frame()), reason).in_file(path());
+        let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(damaged)?;
+        let spans = frame::spans(kind, usize::from(header.chunks), &content)
+            .map_err(|error| error.in_file(path()))?;
+        let decoded = Arc::new(DecodedFrame { content, spans });
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner).put(key, decoded.clone());
+        Ok(decoded)
+    }
+
+    /// Whether the stored bytes of the frame at `location` fit their short hash: proof without decoding.
+    pub fn is_sound(&self, location: Location, domain: DomainId) -> Result<bool, PoolError> {
+        let pack = self.open(location.pack, domain)?;
+        let at = u64::from(location.frame());
+        let mut raw = [0u8; FRAME_HEADER];
+        if pack.file.read_exact_at(at, &mut raw).is_err() {
+            return Ok(false);
+        }
+        let Ok(header) = FrameHeader::decode(&raw, at) else { return Ok(false) };
+        let mut bytes = vec![0u8; header.stored as usize];
+        Ok(pack.file.read_exact_at(at + FRAME_HEADER as u64, &mut bytes).is_ok()
+            && short_hash(&[&bytes]) == header.hash)
+    }
+
+    /// Forgets what is open and decoded of a pack that goes away.
+    pub fn forget(&self, pack: PackId) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).held.remove(&pack);
+        self.frames.lock().unwrap_or_else(PoisonError::into_inner).held.retain(|key, _| key.0 != pack);
+    }
+}
+
+/// Header and table of a pack file, checked against their hash and seal.
+pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<FinishedPack, PoolError> {
+    let name = pack::name(id);
+    let path = files.display(&name);
+    let io = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof => FormatError::at(0, "the pack is cut off").in_file(path.clone()),
+        _ => PoolError::io(path.clone(), "read", source),
+    };
+    let format = |error: FormatError| error.in_file(path.clone());
+    let file = files.open(&name).map_err(io)?;
+    let length = file.len().map_err(io)?;
+    let mut raw = [0u8; HEADER];
+    file.read_exact_at(0, &mut raw).map_err(io)?;
+    let header = PackHeader::decode(&raw).map_err(format)?;
+    if header.pack != id || header.pool != keys.pool() {
+        return Err(format(FormatError::at(16, format!("is pack {} of pool {}", header.pack, header.pool))));
+    }
+    let mut end = [0u8; HEADER];
+    file.read_exact_at(length.saturating_sub(HEADER as u64), &mut end).map_err(io)?;
+    let trailer = Trailer::decode(&end, length).map_err(format)?;
+    let mut table = vec![0u8; trailer.table_stored as usize];
+    file.read_exact_at(trailer.table_offset, &mut table).map_err(io)?;
+    if !Trailer::check(&end, &raw, &table) {
+        return Err(format(FormatError::at(
+            trailer.table_offset,
+            "header, table and trailer do not fit their hash",
+        )));
+    }
+    let key = keys.domain(header.domain).pack(id)?;
+    let plain = key
+        .open(table_nonce(trailer.table_offset), &raw, &mut table)
+        .ok_or_else(|| format(FormatError::at(trailer.table_offset, "the seal of the table does not fit")))?;
+    let table = pack::decode_table(plain).map_err(format)?;
+    Ok(FinishedPack { header, length, table })
+}
+
+/// What a walk over a pack without keys found.
+#[derive(Debug, Default)]
+pub struct PackExamination {
+    /// Damaged frames and other damage: offset and reason. A reason at offset 0 or past the frames is not a frame's.
+    pub damaged: Vec<(u64, String)>,
+    /// Whether the frames after a damaged one could not be found.
+    pub lost_track: bool,
+    /// Offsets of damaged frames.
+    pub frames: Vec<u32>,
+    /// Bytes of the file.
+    pub length: u64,
+}
+
+/// Walks a pack file frame by frame and compares every stored byte with its hash; needs no key.
+pub fn examine(files: &dyn Files, pool: PoolId, id: PackId) -> Result<PackExamination, PoolError> {
+    let name = pack::name(id);
+    let path = files.display(&name);
+    let io = |source| PoolError::io(path.clone(), "read", source);
+    let file = files.open(&name).map_err(io)?;
+    let length = file.len().map_err(io)?;
+    let mut found = PackExamination { length, ..PackExamination::default() };
+    let mut raw = [0u8; HEADER];
+    let mut end = [0u8; HEADER];
+    if length < 2 * HEADER as u64 {
+        found.damaged.push((0, "the pack is cut off".to_owned()));
+        found.lost_track = true;
+        return Ok(found);
+    }
+    file.read_exact_at(0, &mut raw).map_err(io)?;
+    file.read_exact_at(length - HEADER as u64, &mut end).map_err(io)?;
+    match PackHeader::decode(&raw) {
+        Ok(header) if header.pack == id && header.pool == pool => {}
+        Ok(header) => found.damaged.push((16, format!("is pack {} of pool {}", header.pack, header.pool))),
+        Err(error) => found.damaged.push((0, format!("header: {error:?}"))),
+    }
+    let trailer = Trailer::decode(&end, length);
+    let frames_end = match &trailer {
+        Ok(trailer) => trailer.table_offset,
+        Err(error) => {
+            found.damaged.push((length - HEADER as u64, format!("trailer: {error:?}")));
+            length - HEADER as u64
+        }
+    };
+    if let Ok(trailer) = &trailer {
+        let mut table = vec![0u8; trailer.table_stored as usize];
+        file.read_exact_at(trailer.table_offset, &mut table).map_err(io)?;
+        if !Trailer::check(&end, &raw, &table) {
+            found
+                .damaged
+                .push((trailer.table_offset, "header, table and trailer do not fit their hash".to_owned()));
+        }
+    }
+    let mut at = HEADER as u64;
+    let mut frames = 0u32;
+    while at + FRAME_HEADER as u64 <= frames_end {
+        let mut raw = [0u8; FRAME_HEADER];
+        file.read_exact_at(at, &mut raw).map_err(io)?;
+        let header = FrameHeader::decode(&raw, at);
+        let span = header.as_ref().map(|header| pack::frame_span(header.stored)).ok();
+        let Some((Ok(header), span)) = Some(header).zip(span.filter(|&span| at + span <= frames_end)) else {
+            if trailer.is_err() {
+                // Without a trailer the table's bytes look like this too: the end of the frames is not known.
+                found.lost_track = true;
+                break;
+            }
+            found.damaged.push((at, "a frame's header is damaged".to_owned()));
+            found.frames.push(at as u32);
+            // Frames begin at multiples of 16 with their magic: find the next one whose bytes fit their hash.
+            match next_frame(file.as_ref(), at + pack::ALIGN, frames_end).map_err(io)? {
+                Some(next) => {
+                    at = next;
+                    frames += 1;
+                    continue;
+                }
+                None => {
+                    frames += 1;
+                    at = frames_end;
+                    break;
+                }
+            }
+        };
+        let mut bytes = vec![0u8; (span - FRAME_HEADER as u64) as usize];
+        file.read_exact_at(at + FRAME_HEADER as u64, &mut bytes).map_err(io)?;
+        let (stored, padding) = bytes.split_at(header.stored as usize);
+        if short_hash(&[stored]) != header.hash || padding.iter().any(|&byte| byte != 0) {
+            found.damaged.push((at, "a frame's bytes do not fit their hash".to_owned()));
+            found.frames.push(at as u32);
+        }
+        frames += 1;
+        at += span;
+    }
+    if let Ok(trailer) = &trailer
+        && (at != frames_end || frames != trailer.frames)
+        && found.frames.is_empty()
+    {
+        found.damaged.push((at, format!("{frames} frames found, the trailer says {}", trailer.frames)));
+        found.lost_track = true;
+    }
+    Ok(found)
+}
+
+fn next_frame(file: &dyn ReadFile, from: u64, end: u64) -> std::io::Result<Option<u64>> {
+    let mut at = from;
+    while at + FRAME_HEADER as u64 <= end {
+        let mut raw = [0u8; FRAME_HEADER];
+        file.read_exact_at(at, &mut raw)?;
+        if let Ok(header) = FrameHeader::decode(&raw, at)
+            && at + pack::frame_span(header.stored) <= end
+        {
+            let mut bytes = vec![0u8; header.stored as usize];
+            file.read_exact_at(at + FRAME_HEADER as u64, &mut bytes)?;
+            if short_hash(&[&bytes]) == header.hash {
+                return Ok(Some(at));
+            }
+        }
+        at += pack::ALIGN;
+    }
+    Ok(None)
+}

@@ -1,0 +1,111 @@
+//! A disk of a recovery point as a block device.
+
+use std::sync::Arc;
+
+use block_io::{BlockDevice, ByteRange, DeviceError};
+use model::{BLOCK_BYTES, RecoveryPointId};
+
+use crate::chunk::ChunkKind;
+use crate::error::PoolError;
+use crate::frame::BLOCK;
+use crate::keys::DomainKeys;
+use crate::map::{MapReader, MapRoot};
+use crate::pool::{Pool, PoolNodes};
+
+/// Longest run that one step of `next_allocated` gives: it needs one look into the map for each block.
+const STEP_BLOCKS: u64 = 1024;
+
+/// A disk of a recovery point: random access, read-only.
+pub struct PointDevice {
+    pool: Arc<Pool>,
+    keys: Arc<DomainKeys>,
+    map: MapReader<PoolNodes>,
+    size: u64,
+    sector: u32,
+    name: String,
+}
+
+impl Pool {
+    /// Disk `disk` of a point.
+    pub fn open_disk(self: &Arc<Self>, point: RecoveryPointId, disk: u32) -> Result<PointDevice, PoolError> {
+        let point = self.point(point)?;
+        let found = point.disks.iter().find(|found| found.index == disk).ok_or(PoolError::NoSuchDisk {
+            point: point.id,
+            disk,
+            disks: point.disks.len(),
+        })?;
+        let keys = self.domain_keys(point.domain);
+        let nodes = PoolNodes { pool: self.clone(), keys: keys.clone() };
+        Ok(PointDevice {
+            pool: self.clone(),
+            keys,
+            map: MapReader::new(nodes, MapRoot { root: found.root, levels: found.levels }),
+            size: found.size,
+            sector: found.sector,
+            name: format!("disk {disk} of recovery point {} of {}", point.id, point.machine),
+        })
+    }
+}
+
+impl PointDevice {
+    fn damaged(&self, block: u64, error: PoolError) -> DeviceError {
+        let offset = block * BLOCK_BYTES;
+        let length = BLOCK_BYTES.min(self.size - offset.min(self.size));
+        DeviceError::Damaged { object: self.name.clone(), offset, length, reason: error.to_string() }
+    }
+}
+
+impl BlockDevice for PointDevice {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        self.sector
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        DeviceError::check_bounds(offset, buf.len() as u64, self.size)?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let block = at / BLOCK_BYTES;
+            let inside = (at % BLOCK_BYTES) as usize;
+            let part = &mut buf[done..];
+            let length = part.len().min(BLOCK - inside);
+            let part = &mut part[..length];
+            match self.map.get(block).map_err(|error| self.damaged(block, error))? {
+                None => part.fill(0),
+                Some(chunk) => self
+                    .pool
+                    .read_chunk(&self.keys, ChunkKind::Block, &chunk, &mut |bytes| {
+                        part.copy_from_slice(&bytes[inside..inside + length]);
+                    })
+                    .map_err(|error| self.damaged(block, error))?,
+            }
+            done += length;
+        }
+        Ok(())
+    }
+
+    fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
+        if from >= self.size {
+            return Ok(None);
+        }
+        let first = from / BLOCK_BYTES;
+        let start = match self.map.next_present(first) {
+            Ok(None) => return Ok(None),
+            Ok(Some((block, _))) => block,
+            // A part of the map is lost. What it covers may hold data: say so, so that reading it tells what is lost,
+            // block by block, and the rest is still found.
+            Err(_) => first,
+        };
+        let mut end = start + 1;
+        while end - start < STEP_BLOCKS && matches!(self.map.get(end), Ok(Some(_))) {
+            end += 1;
+        }
+        let range =
+            ByteRange { start: (start * BLOCK_BYTES).max(from), end: (end * BLOCK_BYTES).min(self.size) };
+        Ok((!range.is_empty()).then_some(range))
+    }
+}

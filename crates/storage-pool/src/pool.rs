@@ -1,0 +1,811 @@
+//! Opening, creating and reading a pool.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use environment::{Clock, Files, Lock, Randomness};
+use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
+use prost::Message;
+
+use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+use crate::error::{Damage, PoolError};
+use crate::format::pack::PackKind;
+use crate::format::payload::{self, Kind};
+use crate::format::twin;
+use crate::index::Index;
+use crate::keys::{DomainKeys, Keys, Secret, wrap_key};
+use crate::kit::{Recipient, RecipientId};
+use crate::map::NodeSource;
+use crate::packs::{self, PackReader};
+use crate::sequence::{self, Appender};
+use crate::state::{Point, State};
+
+/// Settings fixed at creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Seconds for which a deleted point can be had back.
+    pub soft_delete: u64,
+    /// Seconds between quarantine and unlinking.
+    pub reclaim_hold: u64,
+    /// Newest good points of a machine that nothing deletes.
+    pub floor_points: u32,
+    /// Points younger than these seconds are not deleted.
+    pub floor_age: u64,
+    /// Share of the pool's bytes that one reclaim may free.
+    pub breaker_percent: u32,
+    /// zstd level of what the server encodes itself.
+    pub zstd_level: i32,
+}
+
+impl Default for Settings {
+    /// The safe ones: soft delete 14 days, hold 3 days, the last 3 good points and everything younger than a day kept,
+    /// half of the pool at most freed at once.
+    fn default() -> Settings {
+        Settings {
+            soft_delete: 14 * 86_400,
+            reclaim_hold: 3 * 86_400,
+            floor_points: 3,
+            floor_age: 86_400,
+            breaker_percent: 50,
+            zstd_level: 1,
+        }
+    }
+}
+
+impl Settings {
+    /// Nothing is held back: for tests and benches.
+    pub fn without_safety() -> Settings {
+        Settings {
+            soft_delete: 0,
+            reclaim_hold: 0,
+            floor_points: 0,
+            floor_age: 0,
+            breaker_percent: 100,
+            zstd_level: 1,
+        }
+    }
+}
+
+/// The world around a pool.
+#[derive(Clone)]
+pub struct World {
+    /// Its folder.
+    pub files: Arc<dyn Files>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Unpredictable bytes.
+    pub randomness: Arc<dyn Randomness>,
+}
+
+impl World {
+    /// A fresh random id.
+    pub fn random_id(&self) -> Result<[u8; 16], PoolError> {
+        let mut id = [0u8; 16];
+        self.randomness
+            .fill(&mut id)
+            .map_err(|source| PoolError::io(self.files.display(""), "draw random bytes for", source))?;
+        Ok(id)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.files.display(name)
+    }
+
+    fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
+        let write = || -> io::Result<()> {
+            let mut file = self.files.create(name)?;
+            file.append(bytes)?;
+            file.publish()
+        };
+        write().map_err(|source| match source.kind() {
+            io::ErrorKind::AlreadyExists => PoolError::Exists { path: self.path(name) },
+            _ => PoolError::io(self.path(name), "write", source),
+        })
+    }
+}
+
+/// How a pool is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing is written, no lock is taken: beside a writer, or from a read-only mount.
+    Read,
+    /// As the one writer.
+    Write {
+        /// Random id of this server's data folder.
+        server: [u8; 16],
+        /// Its name, for people.
+        name: String,
+    },
+}
+
+/// Name of the pool's header.
+pub const HEADER_NAME: &str = "pool.stillpoint";
+const LOCK_NAME: &str = "writer.lock";
+
+/// Name of a recipient's key file.
+pub fn key_name(id: RecipientId) -> String {
+    format!("keys/{id}.key")
+}
+
+#[derive(Default)]
+struct Activity {
+    ingests: usize,
+    reclaiming: bool,
+}
+
+struct Writer {
+    appender: Appender,
+    _lock: Box<dyn Lock>,
+}
+
+/// An open pool.
+pub struct Pool {
+    pub(crate) world: World,
+    pub(crate) keys: Keys,
+    settings: Settings,
+    created: Timestamp,
+    state: RwLock<State>,
+    pub(crate) index: RwLock<Index>,
+    pub(crate) reader: PackReader,
+    writer: Option<Mutex<Writer>>,
+    activity: Mutex<Activity>,
+    quiet: Condvar,
+    domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
+    tables: Mutex<Tables>,
+    notes: Vec<Damage>,
+}
+
+/// Tables of the packs read last: neighbours on a disk mostly lie in one pack, so one table answers for many blocks.
+#[derive(Default)]
+struct Tables {
+    held: Vec<(PackId, Arc<HashMap<ChunkId, u32>>)>,
+}
+
+const HELD_TABLES: usize = 24;
+
+/// A pool that was just created, and who can open it.
+pub struct Created {
+    /// The pool, open for writing.
+    pub pool: Pool,
+    /// The server's own way in; its secret goes into the data folder.
+    pub server: Recipient,
+    /// The domain that everything goes into by default.
+    pub domain: DomainId,
+}
+
+impl Pool {
+    /// Creates a pool in an empty folder.
+    ///
+    /// `keep_kit` is given the recovery kit's recipient, must put it into a safe place *outside* the folder, read it
+    /// back from there and return what it read: the kit is proved before a pool exists. If it fails, nothing is made.
+    pub fn create(
+        world: World,
+        settings: Settings,
+        server: [u8; 16],
+        name: &str,
+        keep_kit: &mut dyn FnMut(&Recipient) -> Result<Recipient, PoolError>,
+    ) -> Result<Created, PoolError> {
+        let io = |name: &str, action, source| PoolError::io(world.path(name), action, source);
+        for folder in ["", "sequence", "packs", "index", "keys"] {
+            match world.files.list(folder) {
+                Ok(entries) if folder != "" && !entries.is_empty() => {
+                    return Err(PoolError::Exists { path: world.path(folder) });
+                }
+                Ok(entries) if entries.iter().any(|entry| entry.name == HEADER_NAME) => {
+                    return Err(PoolError::Exists { path: world.path(HEADER_NAME) });
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(io(folder, "list", source)),
+            }
+        }
+        let pool = PoolId(world.random_id()?);
+        let secret = || {
+            Secret::random(&*world.randomness)
+                .map_err(|source| io(HEADER_NAME, "draw random bytes for", source))
+        };
+        let root = secret()?;
+        let server_recipient = Recipient { pool, id: RecipientId(world.random_id()?), secret: secret()? };
+        let kit = Recipient { pool, id: RecipientId(world.random_id()?), secret: secret()? };
+        let read_back = keep_kit(&kit)?;
+        if read_back.pool != pool || read_back.id != kit.id || read_back.secret != kit.secret {
+            return Err(PoolError::KeyWrong {
+                reason: "the recovery kit read back is not the one written".to_owned(),
+            });
+        }
+
+        for folder in ["keys", "sequence", "packs", "index"] {
+            world.files.make_folder(folder).map_err(|source| io(folder, "create", source))?;
+        }
+        for (recipient, kind) in [(&server_recipient, 1u16), (&read_back, 2)] {
+            let bytes = wrap_root(&world, recipient, kind, &root)?;
+            world.publish(&key_name(recipient.id), &bytes)?;
+            unwrap_root(&world, recipient)?;
+        }
+        let created = world.clock.now_micros();
+        let header = payload::Header {
+            pool: pool.0.to_vec(),
+            created,
+            settings: Some(payload::Settings {
+                soft_delete: settings.soft_delete,
+                reclaim_hold: settings.reclaim_hold,
+                floor_points: settings.floor_points,
+                floor_age: settings.floor_age,
+                breaker_percent: settings.breaker_percent,
+                zstd_level: settings.zstd_level,
+            }),
+        };
+        // The header comes last of the files that never change: a folder without it is no pool.
+        world.publish(HEADER_NAME, &twin::encode(twin::POOL, &header.encode_to_vec()))?;
+        let access = Access::Write { server, name: name.to_owned() };
+        let pool = Pool::open(world, &server_recipient, access)?;
+        let domain = pool.create_domain("default")?;
+        Ok(Created { pool, server: server_recipient, domain })
+    }
+
+    /// Opens a pool.
+    ///
+    /// For writing this takes the lock, and where another server wrote last, takes over by a record. Damage found on
+    /// the way is in [`Pool::notes`]; what is derived is made again and said there.
+    pub fn open(world: World, recipient: &Recipient, access: Access) -> Result<Pool, PoolError> {
+        let (header, header_damage) = read_header(&world)?;
+        if header.id != recipient.pool {
+            return Err(PoolError::OtherPool { expected: recipient.pool, found: header.id });
+        }
+        let mut notes: Vec<Damage> = header_damage.into_iter().collect();
+        let (root, key_damage) = unwrap_root(&world, recipient)?;
+        notes.extend(key_damage);
+        let keys = Keys::new(header.id, root);
+
+        let lock = match &access {
+            Access::Read => None,
+            Access::Write { .. } => {
+                let path = world.path(LOCK_NAME);
+                let lock = world
+                    .files
+                    .lock(LOCK_NAME)
+                    .map_err(|source| PoolError::io(path.clone(), "lock", source))?;
+                Some(lock.ok_or(PoolError::Busy { path })?)
+            }
+        };
+        // The state first, then the index: a reader beside a writer must find every chunk that a point names.
+        let state = sequence::load(&*world.files, &keys)?;
+        let permitted = state.permitted.clone();
+        let index = Index::open(world.files.clone(), &keys, &|pack| permitted.contains_key(&pack))?;
+        notes.extend(index.damage().iter().cloned());
+        notes.extend(state.unreadable.iter().map(|record| Damage::File {
+            path: record.path.clone(),
+            offset: 0,
+            reason: record.reason.clone(),
+            derived: false,
+        }));
+        let reader = PackReader::new(world.files.clone(), keys.clone());
+        let appender =
+            |world: &World| Appender::new(world.files.clone(), keys.clone(), world.randomness.clone());
+        let writer = lock.map(|lock| Mutex::new(Writer { appender: appender(&world), _lock: lock }));
+        let pool = Pool {
+            keys,
+            settings: header.settings,
+            created: header.created,
+            state: RwLock::new(state),
+            index: RwLock::new(index),
+            reader,
+            writer,
+            activity: Mutex::new(Activity::default()),
+            quiet: Condvar::new(),
+            domains: Mutex::new(HashMap::new()),
+            tables: Mutex::new(Tables::default()),
+            notes,
+            world,
+        };
+        if let Access::Write { server, name } = access {
+            if pool.state().head == 0 {
+                pool.append(Kind::Created, &payload::PointMark::default())?;
+            }
+            if pool.state().server != server {
+                pool.append(Kind::Takeover, &payload::Takeover { server: server.to_vec(), name })?;
+            }
+            // Chunks of a job that was killed, and of runs that were damaged, get an index again.
+            pool.index_mut().flush()?;
+        }
+        Ok(pool)
+    }
+
+    /// Damage met while opening.
+    pub fn notes(&self) -> &[Damage] {
+        &self.notes
+    }
+
+    /// The pool's id.
+    pub fn id(&self) -> PoolId {
+        self.keys.pool()
+    }
+
+    /// When it was created.
+    pub fn created(&self) -> Timestamp {
+        self.created
+    }
+
+    /// Settings fixed at creation.
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// The folder, for messages.
+    pub fn path(&self) -> String {
+        self.world.path("")
+    }
+
+    /// Whether this process may write.
+    pub fn is_writable(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// What the sequence says now.
+    pub fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Appends a record; see [`Appender::append`].
+    pub(crate) fn append(&self, kind: Kind, payload: &impl Message) -> Result<u64, PoolError> {
+        let writer =
+            self.writer.as_ref().ok_or(PoolError::ReadOnly)?.lock().unwrap_or_else(PoisonError::into_inner);
+        // Work on a copy: readers never see a state whose record failed half-way.
+        let mut state = self.state().clone();
+        let number = writer.appender.append(&mut state, self.world.clock.now_micros(), kind, payload)?;
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        Ok(number)
+    }
+
+    /// A fresh random id.
+    pub fn random_id(&self) -> Result<[u8; 16], PoolError> {
+        self.world.random_id()
+    }
+
+    /// Adds a key domain.
+    pub fn create_domain(&self, label: &str) -> Result<DomainId, PoolError> {
+        let id = DomainId(self.world.random_id()?);
+        self.append(Kind::Domain, &payload::Domain { domain: id.0.to_vec(), label: label.to_owned() })?;
+        Ok(id)
+    }
+
+    /// The domain that everything goes into by default: the first one.
+    pub fn default_domain(&self) -> Result<DomainId, PoolError> {
+        let state = self.state();
+        let labelled = state.domains.iter().find(|(_, label)| *label == "default").map(|(id, _)| *id);
+        // The record of the domain may be damaged; the points say which one it was.
+        labelled
+            .or_else(|| state.in_order().next().map(|point| point.domain))
+            .ok_or_else(|| PoolError::Misuse("the storage pool has no domain".to_owned()))
+    }
+
+    /// Writes a new version of a document, or removes it. The pool keeps it sealed and does not read it.
+    pub fn put_document(&self, name: &str, bytes: Option<&[u8]>) -> Result<(), PoolError> {
+        if self.state().documents.get(name).map(Vec::as_slice) == bytes {
+            return Ok(());
+        }
+        let record = payload::Document {
+            name: name.to_owned(),
+            bytes: bytes.unwrap_or_default().to_vec(),
+            removed: bytes.is_none(),
+        };
+        self.append(Kind::Document, &record).map(drop)
+    }
+
+    /// Newest version of a document.
+    pub fn document(&self, name: &str) -> Option<Vec<u8>> {
+        self.state().documents.get(name).cloned()
+    }
+
+    /// All documents whose names begin with `prefix`.
+    pub fn documents(&self, prefix: &str) -> BTreeMap<String, Vec<u8>> {
+        let state = self.state();
+        state
+            .documents
+            .range(prefix.to_owned()..)
+            .take_while(|(name, _)| name.starts_with(prefix))
+            .map(|(name, bytes)| (name.clone(), bytes.clone()))
+            .collect()
+    }
+
+    /// Lets pool time go on (section 9.3).
+    pub fn tick(&self) -> Result<(), PoolError> {
+        self.append(Kind::Tick, &payload::PointMark::default()).map(drop)
+    }
+
+    /// A point that is not expired.
+    pub fn point(&self, id: RecoveryPointId) -> Result<Point, PoolError> {
+        self.state().points.get(&id).cloned().ok_or(PoolError::NoSuchPoint(id))
+    }
+
+    /// Marks points as possibly holding old bytes (INV-22).
+    pub fn mark_suspect(&self, points: &[RecoveryPointId], reason: &str) -> Result<(), PoolError> {
+        if points.is_empty() {
+            return Ok(());
+        }
+        let record = payload::PointsMark {
+            points: points.iter().flat_map(|id| id.0).collect(),
+            reason: reason.to_owned(),
+        };
+        self.append(Kind::Suspect, &record).map(drop)
+    }
+
+    /// Soft-deletes a point. The floor is the caller's policy *and* the pool's: a point that the floor keeps is refused.
+    pub fn delete_point(&self, id: RecoveryPointId, reason: &str) -> Result<(), PoolError> {
+        if let Some(why) = self.floor_keeps(id)? {
+            return Err(PoolError::Kept { point: id, reason: why });
+        }
+        let point = self.point(id)?;
+        if point.deleted.is_some() {
+            return Ok(());
+        }
+        self.append(Kind::Tombstone, &payload::PointMark { point: id.0.to_vec(), reason: reason.to_owned() })
+            .map(drop)
+    }
+
+    /// Takes a soft deletion back, as long as the point is not expired.
+    pub fn undelete_point(&self, id: RecoveryPointId) -> Result<(), PoolError> {
+        let point = self.point(id)?;
+        if point.deleted.is_none() {
+            return Ok(());
+        }
+        if self.state().is_expired(&point, self.settings.soft_delete) {
+            return Err(PoolError::Misuse(format!(
+                "recovery point {id} is expired: its soft-delete period is over and its space may be gone"
+            )));
+        }
+        self.append(Kind::Undelete, &payload::PointMark { point: id.0.to_vec(), reason: String::new() })
+            .map(drop)
+    }
+
+    /// Why the floor keeps a point, if it does (INV-13): it is one of the machine's newest good points, or too young.
+    pub fn floor_keeps(&self, id: RecoveryPointId) -> Result<Option<String>, PoolError> {
+        let point = self.point(id)?;
+        let state = self.state();
+        let good = |point: &&Point| point.deleted.is_none() && point.suspect.is_none() && !point.incomplete;
+        let newest = state
+            .in_order()
+            .rev()
+            .filter(|other| other.datasource == point.datasource)
+            .filter(good)
+            .take(self.settings.floor_points as usize)
+            .any(|other| other.id == id);
+        if newest {
+            return Ok(Some(format!(
+                "it is one of the last {} good points of {}",
+                self.settings.floor_points, point.machine
+            )));
+        }
+        let age = self.world.clock.now_micros().saturating_sub(point.captured.0) / Timestamp::SECOND;
+        if age < self.settings.floor_age {
+            return Ok(Some(format!(
+                "it is {age} s old, points younger than {} s are kept",
+                self.settings.floor_age
+            )));
+        }
+        Ok(None)
+    }
+
+    /// Exact bytes of a record, for a copy elsewhere.
+    pub fn record_bytes(&self, number: u64) -> Result<Vec<u8>, PoolError> {
+        sequence::raw(&*self.world.files, number).map_err(|source| {
+            PoolError::io(self.world.path(&crate::format::record::name(number)), "read", source)
+        })
+    }
+
+    /// Gives the pool back a record whose file is damaged or missing, from a copy kept elsewhere. False if the copy is
+    /// not that record, or the file is fine.
+    pub fn restore_record(&self, number: u64, bytes: &[u8]) -> Result<bool, PoolError> {
+        let is_damaged = self.state().unreadable.iter().any(|record| record.number == number);
+        if !is_damaged || !sequence::is_record(&self.keys, number, bytes) {
+            return Ok(false);
+        }
+        self.append(Kind::Restored, &payload::Restored { number, bytes: bytes.to_vec() })?;
+        // What the record says takes effect at its own place in the order: read everything again.
+        let state = sequence::load(&*self.world.files, &self.keys)?;
+        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
+        Ok(true)
+    }
+
+    pub(crate) fn domain_keys(&self, domain: DomainId) -> Arc<DomainKeys> {
+        let mut domains = self.domains.lock().unwrap_or_else(PoisonError::into_inner);
+        domains.entry(domain).or_insert_with(|| Arc::new(self.keys.domain(domain))).clone()
+    }
+
+    /// Every place of a chunk; a damaged run is given up and read anew from the packs.
+    pub(crate) fn find(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
+        loop {
+            let found = self.index().find(id);
+            match found {
+                Err(PoolError::Damaged { path, offset, reason }) => {
+                    if !self.index_mut().discard(&path, &self.keys)? {
+                        return Err(PoolError::Damaged { path, offset, reason });
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// The content of a chunk, proved by its id; from whichever copy is right.
+    pub(crate) fn read_chunk(
+        &self,
+        keys: &DomainKeys,
+        kind: ChunkKind,
+        id: &ChunkId,
+        out: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PoolError> {
+        if let Some(place) = self.place_by_table(id)
+            && self.try_place(keys, kind, id, place, out).is_ok()
+        {
+            return Ok(());
+        }
+        let mut reasons = Vec::new();
+        for place in self.find(id)? {
+            match self.try_place(keys, kind, id, place, out) {
+                Ok(()) => {
+                    if kind == ChunkKind::Block {
+                        self.hold_table(place.pack);
+                    }
+                    return Ok(());
+                }
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
+        if reasons.is_empty() {
+            reasons.push("it is in no pack".to_owned());
+        }
+        Err(PoolError::ChunkLost { chunk: id.to_string(), reason: reasons.join("; ") })
+    }
+
+    fn try_place(
+        &self,
+        keys: &DomainKeys,
+        kind: ChunkKind,
+        id: &ChunkId,
+        place: Location,
+        out: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PoolError> {
+        let pack_kind = match kind {
+            ChunkKind::Block => PackKind::Blocks,
+            ChunkKind::Node => PackKind::Nodes,
+        };
+        let frame = self.reader.decoded(place, keys.domain, pack_kind)?;
+        let wrong = |reason: String| PoolError::Damaged {
+            path: self.world.path(&crate::format::pack::name(place.pack)),
+            offset: u64::from(place.frame()),
+            reason,
+        };
+        let chunk = frame
+            .chunk(place.slot())
+            .ok_or_else(|| wrong(format!("the frame has no chunk {}", place.slot())))?;
+        if keys.chunk_id(kind, blake3::hash(chunk).as_bytes()) != *id {
+            return Err(wrong(format!("the chunk in place {} is not {id}", place.slot())));
+        }
+        out(chunk);
+        Ok(())
+    }
+
+    fn place_by_table(&self, id: &ChunkId) -> Option<Location> {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables
+            .held
+            .iter()
+            .rev()
+            .find_map(|(pack, table)| table.get(id).map(|&at| Location { pack: *pack, at }))
+    }
+
+    fn hold_table(&self, pack: PackId) {
+        let is_held = |tables: &Tables| tables.held.iter().any(|(held, _)| *held == pack);
+        if is_held(&self.tables.lock().unwrap_or_else(PoisonError::into_inner)) {
+            return;
+        }
+        let Ok(finished) = packs::read_table(&*self.world.files, &self.keys, pack) else { return };
+        let table = finished.table.iter().map(|entry| (entry.id, entry.location)).collect();
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_held(&tables) {
+            if tables.held.len() >= HELD_TABLES {
+                tables.held.remove(0);
+            }
+            tables.held.push((pack, Arc::new(table)));
+        }
+    }
+
+    pub(crate) fn forget_pack(&self, pack: PackId) {
+        self.reader.forget(pack);
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner).held.retain(|(held, _)| *held != pack);
+    }
+
+    fn activity(&self) -> MutexGuard<'_, Activity> {
+        self.activity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no reclaim runs, and keeps it from starting.
+    pub(crate) fn enter_ingest(self: &Arc<Self>) -> IngestPass {
+        let mut activity = self.activity();
+        while activity.reclaiming {
+            activity = self.quiet.wait(activity).unwrap_or_else(PoisonError::into_inner);
+        }
+        activity.ingests += 1;
+        IngestPass { pool: self.clone() }
+    }
+
+    /// Keeps ingests from starting, if none is under way.
+    pub(crate) fn enter_reclaim(&self) -> Option<ReclaimPass<'_>> {
+        let mut activity = self.activity();
+        if activity.ingests > 0 || activity.reclaiming {
+            return None;
+        }
+        activity.reclaiming = true;
+        Some(ReclaimPass { pool: self })
+    }
+}
+
+/// An ingest is under way.
+pub(crate) struct IngestPass {
+    pool: Arc<Pool>,
+}
+
+impl Drop for IngestPass {
+    fn drop(&mut self) {
+        self.pool.activity().ingests -= 1;
+        self.pool.quiet.notify_all();
+    }
+}
+
+/// A reclaim is under way.
+pub(crate) struct ReclaimPass<'p> {
+    pool: &'p Pool,
+}
+
+impl Drop for ReclaimPass<'_> {
+    fn drop(&mut self) {
+        self.pool.activity().reclaiming = false;
+        self.pool.quiet.notify_all();
+    }
+}
+
+/// Nodes of a domain, read from the pool.
+pub struct PoolNodes {
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) keys: Arc<DomainKeys>,
+}
+
+impl NodeSource for PoolNodes {
+    fn node(&self, id: &ChunkId) -> Result<Vec<u8>, PoolError> {
+        let mut bytes = Vec::new();
+        self.pool.read_chunk(&self.keys, ChunkKind::Node, id, &mut |node| bytes.extend_from_slice(node))?;
+        Ok(bytes)
+    }
+}
+
+/// What the header of a pool says.
+pub struct PoolHeader {
+    /// Its id.
+    pub id: PoolId,
+    /// When it was created.
+    pub created: Timestamp,
+    /// Settings fixed then.
+    pub settings: Settings,
+}
+
+/// Reads the header of the pool in `world`, and what is wrong with one of its copies.
+pub fn read_header(world: &World) -> Result<(PoolHeader, Option<Damage>), PoolError> {
+    let path = world.path(HEADER_NAME);
+    let bytes = world.files.read(HEADER_NAME, twin::MAX_BYTES).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => PoolError::NoPool { path: world.path("") },
+        _ => PoolError::io(path.clone(), "read", source),
+    })?;
+    let twin = twin::decode(twin::POOL, &bytes).map_err(|error| error.in_file(path.clone()))?;
+    let damaged = |reason: String| PoolError::Damaged { path: path.clone(), offset: 16, reason };
+    let header = payload::Header::decode(&twin.content[..]).map_err(|error| damaged(error.to_string()))?;
+    let settings = header.settings.ok_or_else(|| damaged("no settings".to_owned()))?;
+    let id = PoolId::try_from(&header.pool[..]).map_err(|error| damaged(error.to_string()))?;
+    let header = PoolHeader {
+        id,
+        created: Timestamp(header.created),
+        settings: Settings {
+            soft_delete: settings.soft_delete,
+            reclaim_hold: settings.reclaim_hold,
+            floor_points: settings.floor_points,
+            floor_age: settings.floor_age,
+            breaker_percent: settings.breaker_percent,
+            zstd_level: settings.zstd_level,
+        },
+    };
+    Ok((header, twin.damage.map(|damage| twin_damage(path, &damage))))
+}
+
+fn twin_damage(path: String, damage: &crate::format::FormatError) -> Damage {
+    let (offset, reason) = match damage {
+        crate::format::FormatError::Damaged { offset, reason } => (*offset, reason.clone()),
+        crate::format::FormatError::TooNew(version) => (0, format!("one copy needs version {version}")),
+    };
+    Damage::File { path, offset, reason: format!("{reason}; the other copy serves"), derived: false }
+}
+
+/// Bytes of the key file that wraps `root` for `recipient`.
+pub(crate) fn wrap_root(
+    world: &World,
+    recipient: &Recipient,
+    kind: u16,
+    root: &Secret,
+) -> Result<Vec<u8>, PoolError> {
+    let mut nonce = [0u8; 12];
+    let name = key_name(recipient.id);
+    world
+        .randomness
+        .fill(&mut nonce)
+        .map_err(|source| PoolError::io(world.path(&name), "draw random bytes for", source))?;
+    let mut content = Vec::with_capacity(100);
+    content.extend_from_slice(&recipient.pool.0);
+    content.extend_from_slice(&recipient.id.0);
+    content.extend_from_slice(&kind.to_le_bytes());
+    content.extend_from_slice(&[0; 6]);
+    let mut sealed = root.expose().to_vec();
+    wrap_key(&recipient.secret, recipient.pool)?.seal(nonce, &content, &mut sealed)?;
+    content.extend_from_slice(&nonce);
+    content.extend_from_slice(&sealed);
+    Ok(twin::encode(twin::KEY, &content))
+}
+
+/// The root key, by a recipient's secret, and what is wrong with one copy of the key file.
+pub(crate) fn unwrap_root(
+    world: &World,
+    recipient: &Recipient,
+) -> Result<(Secret, Option<Damage>), PoolError> {
+    let name = key_name(recipient.id);
+    let path = world.path(&name);
+    let bytes = world.files.read(&name, twin::MAX_BYTES).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => {
+            PoolError::KeyMissing { path: path.clone(), recipient: recipient.id.to_string() }
+        }
+        _ => PoolError::io(path.clone(), "read", source),
+    })?;
+    let twin = twin::decode(twin::KEY, &bytes).map_err(|error| error.in_file(path.clone()))?;
+    let wrong = |reason: &str| PoolError::KeyWrong { reason: format!("{path}: {reason}") };
+    if twin.content.len() != 100 {
+        return Err(wrong("the key file has an unexpected length"));
+    }
+    let (about, rest) = twin.content.split_at(40);
+    let (nonce, sealed) = rest.split_at(12);
+    if about[..16] != recipient.pool.0 || about[16..32] != recipient.id.0 {
+        return Err(wrong("the key file belongs to another pool or recipient"));
+    }
+    let mut sealed = sealed.to_vec();
+    let nonce: [u8; 12] = nonce.try_into().map_err(|_| wrong("no nonce"))?;
+    let root = wrap_key(&recipient.secret, recipient.pool)?
+        .open(nonce, about, &mut sealed)
+        .and_then(|root| <[u8; 32]>::try_from(&*root).ok())
+        .ok_or_else(|| wrong("the secret does not open it"))?;
+    Ok((Secret::from_bytes(root), twin.damage.map(|damage| twin_damage(path.clone(), &damage))))
+}
+
+impl Pool {
+    /// Adds a recipient: a further recovery kit. `keep_kit` as in [`Pool::create`].
+    pub fn add_kit(
+        &self,
+        keep_kit: &mut dyn FnMut(&Recipient) -> Result<Recipient, PoolError>,
+    ) -> Result<RecipientId, PoolError> {
+        if !self.is_writable() {
+            return Err(PoolError::ReadOnly);
+        }
+        let secret = Secret::random(&*self.world.randomness)
+            .map_err(|source| PoolError::io(self.path(), "draw random bytes for", source))?;
+        let kit = Recipient { pool: self.id(), id: RecipientId(self.world.random_id()?), secret };
+        let bytes = wrap_root(&self.world, &kit, 2, self.keys.root())?;
+        self.world.publish(&key_name(kit.id), &bytes)?;
+        let read_back = keep_kit(&kit)?;
+        unwrap_root(&self.world, &read_back)?;
+        Ok(kit.id)
+    }
+}

@@ -1,0 +1,373 @@
+//! What the sequence says: a pure function of its records.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use model::{Consistency, DatasourceId, DomainId, JobId, RecoveryPointId, Timestamp};
+use prost::Message;
+
+use crate::chunk::{ChunkId, PackId};
+use crate::format::payload::{self, Kind};
+
+/// Longest time between two records that counts as pool time (section 9.3).
+pub const MAX_STEP: u64 = 3 * Timestamp::DAY;
+
+/// A disk of a point.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PointDisk {
+    /// From 0.
+    pub index: u32,
+    /// Bytes.
+    pub size: u64,
+    /// 512 or 4096.
+    pub sector: u32,
+    /// Root of its map; none for zeros.
+    pub root: Option<ChunkId>,
+    /// Levels of its map.
+    pub levels: u8,
+    /// What recovery needs to make the image again.
+    pub description: String,
+    /// Where the audit goes on.
+    pub audit_next: u64,
+    /// The point that read this disk in full last.
+    pub full_compare: Option<RecoveryPointId>,
+}
+
+/// A recovery point as the pool keeps it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Point {
+    /// Its record's number: the order of points.
+    pub number: u64,
+    /// Its id.
+    pub id: RecoveryPointId,
+    /// The machine.
+    pub datasource: DatasourceId,
+    /// The machine's name then.
+    pub machine: String,
+    /// The host's name then.
+    pub host: String,
+    /// Key domain.
+    pub domain: DomainId,
+    /// The point it was made from.
+    pub base: Option<RecoveryPointId>,
+    /// When the view was frozen.
+    pub captured: Timestamp,
+    /// How far the view can be trusted.
+    pub consistency: Consistency,
+    /// Why that far.
+    pub evidence: String,
+    /// What was done, and why.
+    pub cause: model::Cause,
+    /// The disks.
+    pub disks: Vec<PointDisk>,
+    /// The job that made it.
+    pub job: Option<JobId>,
+    /// Figures of that job.
+    pub figures: BTreeMap<String, u64>,
+    /// Definition of the machine.
+    pub definition: String,
+    /// Whether disks are missing.
+    pub incomplete: bool,
+    /// Soft-deleted at this pool time, and why.
+    pub deleted: Option<(u64, String)>,
+    /// May hold old bytes, and why.
+    pub suspect: Option<String>,
+    /// When every byte was read and hashed last.
+    pub verified: Option<Timestamp>,
+}
+
+/// A pack in quarantine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quarantined {
+    /// Pool time of the record.
+    pub since: u64,
+    /// Number of the record.
+    pub number: u64,
+}
+
+/// A record that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Its number.
+    pub number: u64,
+    /// The file.
+    pub path: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Everything the sequence says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct State {
+    /// Number of the last record; 0 before the first.
+    pub head: u64,
+    /// Hash of the last record's file.
+    pub head_hash: [u8; 32],
+    /// Takeovers so far.
+    pub epoch: u64,
+    /// Data folder that took over last.
+    pub server: Vec<u8>,
+    /// Pool time (section 9.3), microseconds.
+    pub pool_time: u64,
+    /// Writer's time of the last record.
+    pub last_time: u64,
+    /// Domains and their labels.
+    pub domains: BTreeMap<DomainId, String>,
+    /// Points by id. Expired points stay, for their history.
+    pub points: BTreeMap<RecoveryPointId, Point>,
+    /// Points in order of their numbers.
+    pub order: BTreeMap<u64, RecoveryPointId>,
+    /// Newest version of each document.
+    pub documents: BTreeMap<String, Vec<u8>>,
+    /// Packs in quarantine.
+    pub quarantined: BTreeMap<PackId, Quarantined>,
+    /// Packs that may be unlinked, by the number of the permit.
+    pub permitted: BTreeMap<PackId, u64>,
+    /// Damaged frames by pack; an empty set means the whole pack.
+    pub damaged: HashMap<PackId, BTreeSet<u32>>,
+    /// Records that cannot be read.
+    pub unreadable: Vec<Unreadable>,
+}
+
+impl State {
+    /// Applies a record whose payload was opened. An error means that it counts as unreadable.
+    pub fn apply(
+        &mut self,
+        number: u64,
+        epoch: u64,
+        time: u64,
+        kind: u16,
+        bytes: &[u8],
+    ) -> Result<(), String> {
+        let kind = Kind::of(kind).ok_or_else(|| format!("kind {kind} is not known to this version"))?;
+        self.pass_time(time);
+        match kind {
+            Kind::Created | Kind::Tick => {}
+            Kind::Takeover => {
+                let record: payload::Takeover = decode(bytes)?;
+                self.epoch = epoch.max(self.epoch);
+                self.server = record.server;
+            }
+            Kind::Domain => {
+                let record: payload::Domain = decode(bytes)?;
+                let id = DomainId::try_from(&record.domain[..]).map_err(|error| error.to_string())?;
+                self.domains.insert(id, record.label);
+            }
+            Kind::Point => {
+                let point = point(number, decode(bytes)?)?;
+                self.order.insert(number, point.id);
+                self.points.insert(point.id, point);
+            }
+            Kind::Tombstone => {
+                let record: payload::PointMark = decode(bytes)?;
+                let since = self.pool_time;
+                // The point's own record may be unreadable; then there is nothing to mark.
+                if let Some(point) = self.point_mut(&record.point)?
+                    && point.deleted.is_none()
+                {
+                    point.deleted = Some((since, record.reason));
+                }
+            }
+            Kind::Undelete => {
+                let record: payload::PointMark = decode(bytes)?;
+                if let Some(point) = self.point_mut(&record.point)? {
+                    point.deleted = None;
+                }
+            }
+            Kind::Quarantine => {
+                let record: payload::Packs = decode(bytes)?;
+                for pack in packs(&record.packs)? {
+                    self.quarantined.entry(pack).or_insert(Quarantined { since: self.pool_time, number });
+                }
+            }
+            Kind::Release => {
+                let record: payload::Packs = decode(bytes)?;
+                for pack in packs(&record.packs)? {
+                    self.quarantined.remove(&pack);
+                }
+            }
+            Kind::Permit => {
+                let record: payload::Packs = decode(bytes)?;
+                for pack in packs(&record.packs)? {
+                    self.quarantined.remove(&pack);
+                    self.damaged.remove(&pack);
+                    self.permitted.insert(pack, number);
+                }
+            }
+            Kind::Document => {
+                let record: payload::Document = decode(bytes)?;
+                if record.removed {
+                    self.documents.remove(&record.name);
+                } else {
+                    self.documents.insert(record.name, record.bytes);
+                }
+            }
+            Kind::Damage => {
+                let record: payload::Damage = decode(bytes)?;
+                for pack in packs(&record.pack)? {
+                    let whole = self.damaged.get(&pack).is_some_and(BTreeSet::is_empty);
+                    let frames = self.damaged.entry(pack).or_default();
+                    if record.frames.is_empty() {
+                        frames.clear();
+                    } else if !whole {
+                        frames.extend(&record.frames);
+                    }
+                }
+            }
+            Kind::Suspect => {
+                let record: payload::PointsMark = decode(bytes)?;
+                for id in payload::ids(&record.points).ok_or("ids of points are cut off")? {
+                    if let Some(point) = self.points.get_mut(&RecoveryPointId(id)) {
+                        point.suspect = Some(record.reason.clone());
+                    }
+                }
+            }
+            Kind::Verified => {
+                let record: payload::PointsMark = decode(bytes)?;
+                for id in payload::ids(&record.points).ok_or("ids of points are cut off")? {
+                    if let Some(point) = self.points.get_mut(&RecoveryPointId(id)) {
+                        point.verified = Some(Timestamp(time));
+                    }
+                }
+            }
+            // Its content was applied in the place of the record that it restores.
+            Kind::Restored => {
+                decode::<payload::Restored>(bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pool time moves with the writer's time (section 9.3).
+    fn pass_time(&mut self, time: u64) {
+        if self.last_time != 0 {
+            self.pool_time += time.saturating_sub(self.last_time).min(MAX_STEP);
+        }
+        self.last_time = time;
+    }
+
+    fn point_mut(&mut self, id: &[u8]) -> Result<Option<&mut Point>, String> {
+        let id = RecoveryPointId::try_from(id).map_err(|error| error.to_string())?;
+        Ok(self.points.get_mut(&id))
+    }
+
+    /// Points in order, oldest first.
+    pub fn in_order(&self) -> impl DoubleEndedIterator<Item = &Point> {
+        self.order.values().filter_map(|id| self.points.get(id))
+    }
+
+    /// Whether a soft-deleted point's period is over.
+    pub fn is_expired(&self, point: &Point, soft_delete_seconds: u64) -> bool {
+        point.deleted.as_ref().is_some_and(|(since, _)| {
+            self.pool_time.saturating_sub(*since) >= soft_delete_seconds.saturating_mul(Timestamp::SECOND)
+        })
+    }
+
+    /// Whether a frame may be used for new points.
+    pub fn is_healthy(&self, pack: PackId, frame: u32) -> bool {
+        if self.quarantined.contains_key(&pack) || self.permitted.contains_key(&pack) {
+            return false;
+        }
+        self.damaged.get(&pack).is_none_or(|frames| !frames.is_empty() && !frames.contains(&frame))
+    }
+}
+
+fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
+    M::decode(bytes).map_err(|error| error.to_string())
+}
+
+fn packs(bytes: &[u8]) -> Result<Vec<PackId>, String> {
+    Ok(payload::ids(bytes).ok_or("ids of packs are cut off")?.into_iter().map(PackId).collect())
+}
+
+fn point(number: u64, record: payload::Point) -> Result<Point, String> {
+    let text = |error: model::id::NotAnId| error.to_string();
+    let optional = |bytes: &[u8]| -> Result<Option<RecoveryPointId>, String> {
+        if bytes.is_empty() { Ok(None) } else { RecoveryPointId::try_from(bytes).map(Some).map_err(text) }
+    };
+    let disks = record
+        .disks
+        .into_iter()
+        .map(|disk| {
+            let root = if disk.root.is_empty() {
+                None
+            } else {
+                Some(ChunkId(disk.root.as_slice().try_into().map_err(|_| "a map's root is not a chunk id")?))
+            };
+            let blocks = disk.size.div_ceil(model::BLOCK_BYTES);
+            if disk.levels != u32::from(crate::format::node::levels(blocks))
+                || !matches!(disk.sector, 512 | 4096)
+            {
+                return Err(format!(
+                    "disk {} of {} bytes with {} map levels",
+                    disk.index, disk.size, disk.levels
+                ));
+            }
+            Ok(PointDisk {
+                index: disk.index,
+                size: disk.size,
+                sector: disk.sector,
+                root,
+                levels: disk.levels as u8,
+                description: disk.description,
+                audit_next: disk.audit_next,
+                full_compare: optional(&disk.full_compare)?,
+            })
+        })
+        .collect::<Result<Vec<_>, String>>()?;
+    Ok(Point {
+        number,
+        id: RecoveryPointId::try_from(&record.point[..]).map_err(text)?,
+        datasource: DatasourceId::try_from(&record.datasource[..]).map_err(text)?,
+        machine: record.machine,
+        host: record.host,
+        domain: DomainId::try_from(&record.domain[..]).map_err(text)?,
+        base: optional(&record.base)?,
+        captured: Timestamp(record.captured),
+        consistency: record.consistency.parse()?,
+        evidence: record.evidence,
+        cause: model::Cause { decision: record.decision, because: record.because },
+        disks,
+        job: if record.job.is_empty() { None } else { Some(JobId::try_from(&record.job[..]).map_err(text)?) },
+        figures: record.figures,
+        definition: record.definition,
+        incomplete: record.incomplete,
+        deleted: None,
+        suspect: None,
+        verified: None,
+    })
+}
+
+/// The payload of a point's record.
+pub(crate) fn encode_point(point: &Point) -> payload::Point {
+    payload::Point {
+        point: point.id.0.to_vec(),
+        datasource: point.datasource.0.to_vec(),
+        machine: point.machine.clone(),
+        host: point.host.clone(),
+        domain: point.domain.0.to_vec(),
+        base: point.base.map(|id| id.0.to_vec()).unwrap_or_default(),
+        captured: point.captured.0,
+        consistency: point.consistency.word().to_owned(),
+        evidence: point.evidence.clone(),
+        decision: point.cause.decision.clone(),
+        because: point.cause.because.clone(),
+        disks: point
+            .disks
+            .iter()
+            .map(|disk| payload::Disk {
+                index: disk.index,
+                size: disk.size,
+                sector: disk.sector,
+                root: disk.root.map(|id| id.0.to_vec()).unwrap_or_default(),
+                levels: u32::from(disk.levels),
+                description: disk.description.clone(),
+                audit_next: disk.audit_next,
+                full_compare: disk.full_compare.map(|id| id.0.to_vec()).unwrap_or_default(),
+            })
+            .collect(),
+        job: point.job.map(|id| id.0.to_vec()).unwrap_or_default(),
+        figures: point.figures.clone(),
+        definition: point.definition.clone(),
+        incomplete: point.incomplete,
+    }
+}
