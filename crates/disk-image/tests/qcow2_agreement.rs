@@ -261,3 +261,55 @@ fn a_huge_sparse_disk_is_walked_at_once() {
     reader.read_at(400 << 40, &mut byte).unwrap();
     assert_eq!(byte, [1]);
 }
+
+#[test]
+fn random_writes_over_random_options() {
+    let mut draw = Draw(2);
+    for case in 0..24 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        let options = [
+            "cluster_size=512",
+            "cluster_size=2k",
+            "cluster_size=64k",
+            "cluster_size=1M",
+            "extended_l2=on,cluster_size=16k",
+            "extended_l2=on,cluster_size=64k,compression_type=zstd",
+            "compat=0.10,cluster_size=4k",
+            "refcount_bits=1,cluster_size=32k",
+        ][case % 8];
+        let size = (1 + draw.below(12_000)) * 512;
+        let mut words = |count: u64| -> Vec<String> {
+            (0..count)
+                .map(|turn| {
+                    let start = draw.below(size / 512) * 512;
+                    let length = (draw.below(800) + 1) * 512;
+                    let length = length.min(size - start);
+                    match draw.below(7) {
+                        0 => format!("write -z {start} {length}"),
+                        1 => format!("write -z -u {start} {length}"),
+                        2 => format!("discard {start} {length}"),
+                        _ => format!("write -P {} {start} {length}", turn % 254 + 1),
+                    }
+                })
+                .collect()
+        };
+        let (below, first, second) = (words(12), words(12), words(6));
+        let apply = |image: &str, words: &[String]| {
+            io(path, image, &words.iter().map(String::as_str).collect::<Vec<_>>());
+        };
+        let mut backing = String::new();
+        if case % 3 == 0 {
+            img(path, &format!("create -q -f qcow2 -o {options} base.qcow2 {size}"));
+            apply("base.qcow2", &below);
+            backing = "-b base.qcow2 -F qcow2".to_owned();
+        }
+        img(path, &format!("create -q -f qcow2 {backing} -o {options} image.qcow2 {size}"));
+        apply("image.qcow2", &first);
+        if case % 2 == 0 && !options.contains("refcount_bits=1") {
+            img(path, "snapshot -c one image.qcow2");
+            apply("image.qcow2", &second);
+        }
+        agrees(path, "image.qcow2", &format!("case {case}, {options}, {size} bytes {backing}"));
+    }
+}
