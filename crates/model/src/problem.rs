@@ -172,6 +172,9 @@ codes! {
     KitNotWritten 3014 Failed "The recovery kit could not be written"
         "A pool is not created without a proved recovery kit outside its folder."
         "Name a writable place with --recovery-kit FILE."
+    BelowConsistency 3015 Refused "The recovery point has a lower consistency than asked"
+        "--min-consistency refuses points below a level, and the one that was named is below it."
+        "Choose another point with `stillpoint recovery-point list`, or ask for less."
 
     // 40xx: server, agents, network
     NoContact 4001 NoContact "No contact with the server"
