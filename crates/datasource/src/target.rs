@@ -1,0 +1,346 @@
+//! The file that a disk is recovered into.
+//!
+//! While it is filled it is called `FILE.partial`, and `FILE.partial.state` beside it says which disk of which point it
+//! will be. An interrupted recovery of the same disk goes on with it; whatever else stands there is left alone.
+//!
+//! Order of writing: state file (synced, folder synced), then the image, then [`RecoveryTarget::finish`]: image synced,
+//! renamed without replacing, folder synced, state file removed. A crash at any moment leaves either nothing, or a
+//! partial file with its state, or the whole file, at worst with a state file that nothing belongs to; the next
+//! recovery to the same place removes that one.
+//!
+//! The state file: one line of JSON and one line with its BLAKE3 hash in hexadecimal.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block_io::{DiskFile, WritableDevice};
+use disk_image::ImageFormat;
+use disk_image::probe::{self, NewDisk};
+use model::RecoveryPointId;
+use serde::{Deserialize, Serialize};
+
+use crate::ProviderError;
+
+/// What is to be recovered where.
+#[derive(Debug, Clone)]
+pub struct TargetRequest {
+    /// The file that will be there in the end.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+    /// The disk it is to hold. Ids and time are those of a new image; one that is continued keeps its own.
+    pub new: NewDisk,
+    /// The point that is recovered.
+    pub point: RecoveryPointId,
+    /// The disk's key within it.
+    pub disk: String,
+    /// Whether an existing file, and a partial file of another recovery, may be replaced.
+    pub overwrite: bool,
+}
+
+/// A recovery in progress. Dropping it leaves the partial file, to be continued.
+pub struct RecoveryTarget {
+    path: PathBuf,
+    partial: PathBuf,
+    state: PathBuf,
+    overwrite: bool,
+    fresh: bool,
+    device: Arc<dyn WritableDevice>,
+    /// Held while this recovery lives, so that no second one fills the same file.
+    _lock: File,
+}
+
+/// What a partial file is.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    version: u32,
+    point: RecoveryPointId,
+    disk: String,
+    format: String,
+    size: u64,
+    sector: u32,
+    fixed: bool,
+}
+
+/// More than any state file has.
+const STATE_LIMIT: u64 = 64 * 1024;
+
+impl State {
+    fn of(request: &TargetRequest) -> State {
+        State {
+            version: 1,
+            point: request.point,
+            disk: request.disk.clone(),
+            format: request.format.word().to_owned(),
+            size: request.new.size,
+            sector: request.new.logical_sector_size,
+            fixed: request.new.fixed,
+        }
+    }
+
+    fn encode(&self) -> io::Result<Vec<u8>> {
+        let body = serde_json::to_string(self)?;
+        Ok(format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex()).into_bytes())
+    }
+
+    fn decode(bytes: &[u8]) -> Option<State> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        let (body, hash) = text.strip_suffix('\n')?.split_once('\n')?;
+        if hash != blake3::hash(body.as_bytes()).to_hex().as_str() {
+            return None;
+        }
+        serde_json::from_str(body).ok()
+    }
+}
+
+/// `path` with more at the end of its name.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
+}
+
+/// Whether anything of this name exists, a dangling link included.
+fn exists(path: &Path) -> io::Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+impl RecoveryTarget {
+    /// Continues the recovery of the same disk if it was interrupted, otherwise begins it.
+    pub fn open(request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
+        let shown = request.path.display().to_string();
+        let failed = |action: &'static str| {
+            let shown = shown.clone();
+            move |error: io::Error| ProviderError::target(shown, action, &error)
+        };
+        if request.path.file_name().is_none() {
+            return Err(ProviderError::TargetWrite {
+                object: shown,
+                reason: "is not the name of a file".to_owned(),
+            });
+        }
+        if exists(&request.path).map_err(failed("look at it"))? {
+            let kind = std::fs::symlink_metadata(&request.path).map_err(failed("look at it"))?;
+            if !request.overwrite || !kind.is_file() {
+                let reason = if kind.is_file() { "exists" } else { "exists and is not an ordinary file" };
+                return Err(ProviderError::TargetExists { object: shown, reason: reason.to_owned() });
+            }
+        }
+        let partial = beside(&request.path, ".partial");
+        let state = beside(&request.path, ".partial.state");
+
+        let mut lock = lock_state(&state).map_err(failed("make its state file"))?.ok_or_else(|| {
+            ProviderError::TargetExists {
+                object: partial.display().to_string(),
+                reason: "another recovery is writing to it".to_owned(),
+            }
+        })?;
+        let mut found = Vec::new();
+        (&mut lock).take(STATE_LIMIT).read_to_end(&mut found).map_err(failed("read its state file"))?;
+        let wanted = State::of(request);
+        let known = State::decode(&found);
+        let has_partial = exists(&partial).map_err(failed("look at its partial file"))?;
+        if has_partial && known.as_ref() != Some(&wanted) {
+            if !request.overwrite {
+                let reason = match &known {
+                    Some(other) => format!("holds a part of disk {} of point {}", other.disk, other.point),
+                    None => "exists, and no intact state file says what it is".to_owned(),
+                };
+                if known.is_none() && found.is_empty() {
+                    // We made the state file just now.
+                    let _ = std::fs::remove_file(&state);
+                }
+                return Err(ProviderError::TargetExists { object: partial.display().to_string(), reason });
+            }
+            std::fs::remove_file(&partial).map_err(failed("remove its old partial file"))?;
+        }
+        let continued = known.as_ref() == Some(&wanted) && has_partial;
+        if known.as_ref() != Some(&wanted) {
+            write_state(&mut lock, &wanted).map_err(failed("write its state file"))?;
+            sync_folder(&state).map_err(failed("sync its folder"))?;
+        }
+
+        let mut device = None;
+        if continued {
+            let kind = std::fs::symlink_metadata(&partial).map_err(failed("look at its partial file"))?;
+            if !kind.is_file() {
+                return Err(ProviderError::TargetExists {
+                    object: partial.display().to_string(),
+                    reason: "is not an ordinary file".to_owned(),
+                });
+            }
+            let file = DiskFile::open(&partial).map_err(failed("open its partial file"))?;
+            let opened = probe::open_writer(request.format, Arc::new(file), request.new.logical_sector_size);
+            match opened {
+                Ok(writer) if writer.size() == request.new.size => device = Some(writer),
+                // It was cut off before it was an image; nothing is lost with it.
+                Ok(_) | Err(_) => {
+                    std::fs::remove_file(&partial).map_err(failed("remove its broken partial file"))?;
+                }
+            }
+        }
+        let fresh = device.is_none();
+        let device = match device {
+            Some(device) => device,
+            None => {
+                let file = DiskFile::create(&partial).map_err(failed("make its partial file"))?;
+                let made = probe::create_writer(request.format, Arc::new(file), &request.new);
+                match made {
+                    Ok(writer) => writer,
+                    Err(error) => {
+                        // Nothing of it is worth continuing.
+                        let _ = std::fs::remove_file(&partial);
+                        let _ = std::fs::remove_file(&state);
+                        return Err(ProviderError::from_target_image(shown, error));
+                    }
+                }
+            }
+        };
+        Ok(RecoveryTarget {
+            path: request.path.clone(),
+            partial,
+            state,
+            overwrite: request.overwrite,
+            fresh,
+            device: Arc::from(device),
+            _lock: lock,
+        })
+    }
+
+    /// The disk to fill.
+    pub fn device(&self) -> Arc<dyn WritableDevice> {
+        self.device.clone()
+    }
+
+    /// Whether the disk is known to read as zeros everywhere: nothing was continued.
+    pub fn fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// The file that is being filled.
+    pub fn partial_path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Makes everything durable and gives the file its name. On failure the partial file stays.
+    pub fn finish(self) -> Result<(), ProviderError> {
+        let shown = self.path.display().to_string();
+        self.device.flush().map_err(|error| ProviderError::from_target_device(shown.clone(), &error))?;
+        let failed = |action: &'static str| {
+            let shown = shown.clone();
+            move |error: io::Error| ProviderError::target(shown, action, &error)
+        };
+        if self.overwrite {
+            std::fs::rename(&self.partial, &self.path).map_err(failed("give it its name"))?;
+        } else {
+            rename_without_replacing(&self.partial, &self.path).map_err(failed("give it its name"))?;
+        }
+        sync_folder(&self.path).map_err(failed("sync its folder"))?;
+        remove_if_there(&self.state).map_err(failed("remove its state file"))
+    }
+
+    /// Gives the recovery up: removes what it wrote. Not for an interruption, which is to be continued.
+    pub fn discard(self) -> Result<(), ProviderError> {
+        let shown = self.path.display().to_string();
+        let failed =
+            |error: io::Error| ProviderError::target(shown.clone(), "remove its partial file", &error);
+        remove_if_there(&self.partial).map_err(failed)?;
+        remove_if_there(&self.state).map_err(failed)
+    }
+}
+
+/// Opens or makes the state file and locks it; `None` if another recovery holds it.
+fn lock_state(path: &Path) -> io::Result<Option<File>> {
+    // Again when the file that was locked had just been removed by the recovery that held it.
+    for _ in 0..100 {
+        // A link that stands there would be followed, and a file made at its end.
+        if std::fs::symlink_metadata(path).is_ok_and(|named| !named.is_file()) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => return Ok(None),
+            Err(std::fs::TryLockError::Error(error)) => return Err(error),
+        }
+        if is_at(&file, path)? {
+            return Ok(Some(file));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let open = file.metadata()?;
+    match std::fs::symlink_metadata(path) {
+        Ok(named) => Ok((open.dev(), open.ino()) == (named.dev(), named.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(not(unix))]
+fn is_at(_file: &File, path: &Path) -> io::Result<bool> {
+    exists(path)
+}
+
+/// The state file is ours and nothing depends on what it held, so it is written in place.
+fn write_state(file: &mut File, state: &State) -> io::Result<()> {
+    use std::io::Seek;
+    file.set_len(0)?;
+    file.seek(io::SeekFrom::Start(0))?;
+    file.write_all(&state.encode()?)?;
+    file.sync_all()
+}
+
+#[cfg(target_os = "linux")]
+fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    use rustix::io::Errno;
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => link_and_remove(from, to),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
+    link_and_remove(from, to)
+}
+
+/// A link is never made over an existing name.
+fn link_and_remove(from: &Path, to: &Path) -> io::Result<()> {
+    std::fs::hard_link(from, to)?;
+    std::fs::remove_file(from)
+}
+
+#[cfg(test)]
+#[path = "target_tests.rs"]
+mod tests;
