@@ -220,16 +220,18 @@ fn raw_backing_files_stated_and_not() {
 }
 
 #[test]
-fn vhd_backing_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path();
-    std::fs::write(path.join("disk.raw"), mixed(5 << 20)).unwrap();
-    img(path, "convert -f raw -O vpc -o force_size=on disk.raw base.vhd");
-    img(path, &format!("create -q -f qcow2 -b base.vhd -F vpc top.qcow2 {SIZE}"));
-    io(path, "top.qcow2", &["write -P 9 1000448 512", "write -z 65536 131072"]);
-    // Not compared by `map`: QEMU does not look at the sector bitmaps of a VHD and calls whole blocks data.
-    let top = open(path, "top.qcow2").unwrap();
-    block_io::conformance::examine(&top, &qcow2_common::qemu_bytes(path, "top.qcow2"));
+fn backing_files_of_other_formats() {
+    for (format, options) in [("vpc", "force_size=on"), ("vhdx", "block_size=1M")] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path();
+        std::fs::write(path.join("disk.raw"), mixed(5 << 20)).unwrap();
+        img(path, &format!("convert -f raw -O {format} -o {options} disk.raw base.{format}"));
+        img(path, &format!("create -q -f qcow2 -b base.{format} -F {format} top.qcow2 {SIZE}"));
+        io(path, "top.qcow2", &["write -P 9 1000448 512", "write -z 65536 131072"]);
+        // Not compared by `map`: QEMU does not look at the sector bitmaps of a VHD and calls whole blocks data.
+        let top = open(path, "top.qcow2").unwrap();
+        block_io::conformance::examine(&top, &qcow2_common::qemu_bytes(path, "top.qcow2"));
+    }
 }
 
 #[test]

@@ -59,8 +59,7 @@ impl Below {
             ImageFormat::Raw => file,
             ImageFormat::Qcow2 => Arc::new(Reader::open_at(file, parents.as_ref(), depth)?),
             ImageFormat::Vhd => Arc::new(crate::vhd::Reader::open(file, parents.as_ref())?),
-            // Becomes `crate::vhdx::Reader::open` as soon as that is there.
-            ImageFormat::Vhdx => return Err(unsupported("a backing file of format vhdx")),
+            ImageFormat::Vhdx => Arc::new(crate::vhdx::Reader::open(file, parents.as_ref())?),
         };
         Ok(Below { device, answer: Mutex::new(None) })
     }
