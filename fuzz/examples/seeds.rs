@@ -119,6 +119,13 @@ fn succeed(command: &mut Command) -> Result<(), Failure> {
     if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
 }
 
+fn opens(target: &str, input: &[u8]) -> Result<(), Failure> {
+    let input = stillpoint_fuzz::input(input).ok_or("too short")?;
+    let parents = stillpoint_fuzz::parents(&input);
+    disk_image::probe::open(target.parse()?, input.file, parents.as_ref())?;
+    Ok(())
+}
+
 /// With and without parents, reading and writing.
 fn put(corpus: &Path, target: &str, name: &str, image: &[u8]) -> Result<(), Failure> {
     for target in [target, "probe"] {
@@ -128,6 +135,11 @@ fn put(corpus: &Path, target: &str, name: &str, image: &[u8]) -> Result<(), Fail
             let input = stillpoint_fuzz::encode(options, image);
             if input.len() > MAX_INPUT {
                 return Err(format!("{target} {name}: the input has {} bytes", input.len()).into());
+            }
+            // A chain with itself ends in an error, as it must.
+            let alone = !["qemu-backing", "own-differencing"].contains(&name);
+            if target != "probe" && alone {
+                opens(target, &input).map_err(|error| format!("{target} {name}: is no seed: {error}"))?;
             }
             std::fs::write(folder.join(format!("seed-{name}-{options}")), input)?;
         }
