@@ -352,6 +352,11 @@ impl Pool {
         Ok(())
     }
 
+    /// Whether any damage is recorded or any pack is missing: only then blocks need a look of their own.
+    pub fn has_known_damage(&self) -> bool {
+        !self.state().damaged.is_empty() || self.index().packs().values().any(|info| !info.present)
+    }
+
     /// Blocks of a map that cannot be used for a new point: their chunk, or a node above them, is damaged or missing.
     /// Looks at the recorded damage and the index; reads the map only if there is any damage at all.
     pub fn lost_blocks(

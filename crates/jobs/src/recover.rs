@@ -1,0 +1,180 @@
+//! A disk of a recovery point to a file of a host.
+
+use std::sync::Arc;
+
+use block_io::Pace;
+use model::{Code, Consistency, PointState, Problem, RangeSet};
+use storage_pool::Pool;
+use storage_pool::state::Point;
+use transfer::{Delivered, Delivery, DeliverySettings, Figures, LinkError, Progress};
+
+use crate::port::{JobContext, LogLevel, ProtectedHost, ReceiveOrder};
+use crate::problem;
+
+/// What is recovered, where to and how.
+#[derive(Clone)]
+pub struct Recovery {
+    /// The point.
+    pub point: Point,
+    /// Its disk, from 0.
+    pub disk: u32,
+    /// The file, a path of the host.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    /// Whether an existing file may be replaced.
+    pub overwrite: bool,
+    /// Whether the target's disk is waited for.
+    pub sync: bool,
+    /// Whether to write all that is good and list the rest.
+    pub accept_damage: bool,
+    /// Less is refused.
+    pub min_consistency: Option<Consistency>,
+    /// How fast at most.
+    pub pace: Option<Arc<dyn Pace>>,
+    /// zstd level on the way; none in one process.
+    pub compress: Option<i32>,
+}
+
+/// What was recovered.
+#[derive(Debug, Clone)]
+pub struct Recovered {
+    /// What moved.
+    pub figures: Figures,
+    /// Bytes of the disk that could not be had and are zeros in the file.
+    pub lost: RangeSet,
+    /// Whether the file was read back and was equal.
+    pub verified: bool,
+}
+
+/// The state of a point as people see it.
+pub fn state_of(pool: &Pool, point: &Point, is_damaged: bool) -> PointState {
+    let state = pool.state();
+    match point {
+        point if state.is_expired(point, pool.settings().soft_delete) => PointState::Expired,
+        point if point.deleted.is_some() => PointState::SoftDeleted,
+        _ if is_damaged => PointState::Damaged,
+        point if point.suspect.is_some() => PointState::Suspect,
+        point if point.incomplete => PointState::Incomplete,
+        point if point.verified.is_some() => PointState::Verified,
+        _ => PointState::Committed,
+    }
+}
+
+struct Reported<'a> {
+    context: &'a dyn JobContext,
+}
+
+impl Progress for Reported<'_> {
+    fn update(&self, figures: &Figures) {
+        self.context.progress(figures.bytes_announced, figures.bytes_transferred, 0, 0);
+    }
+}
+
+/// Runs a recovery.
+pub fn run(
+    pool: &Arc<Pool>,
+    host: &dyn ProtectedHost,
+    recovery: &Recovery,
+    context: &dyn JobContext,
+) -> Result<Recovered, Problem> {
+    let point = &recovery.point;
+    if let Some(least) = recovery.min_consistency
+        && point.consistency < least
+    {
+        return Err(Problem::new(
+            Code::PointNotUsable,
+            format!(
+                "Recovery point {} is {}-consistent, asked for was at least {}.",
+                point.id,
+                point.consistency.word(),
+                least.word()
+            ),
+        )
+        .hint("Choose another point, or a lower --min-consistency."));
+    }
+    if let Some(reason) = &point.suspect
+        && !recovery.accept_damage
+    {
+        return Err(Problem::new(
+            Code::PointNotUsable,
+            format!("Recovery point {} is suspect: {reason}.", point.id),
+        )
+        .about(point.id.to_string()));
+    }
+    let disk = point.disks.iter().find(|disk| disk.index == recovery.disk).ok_or_else(|| {
+        Problem::new(
+            Code::NotFound,
+            format!(
+                "Recovery point {} has no disk {}; it has {} disks, from 0.",
+                point.id,
+                recovery.disk,
+                point.disks.len()
+            ),
+        )
+    })?;
+    let device = pool.open_disk(point.id, recovery.disk).map_err(problem::pool)?;
+    let order = ReceiveOrder {
+        job: context.id(),
+        point: point.id,
+        disk: recovery.disk,
+        path: recovery.path.clone(),
+        format: recovery.format.clone(),
+        size: disk.size,
+        sector: disk.sector,
+        description: disk.description.clone(),
+        overwrite: recovery.overwrite,
+        steer: context.steer().clone(),
+    };
+    context.phase("recovering", Some(disk.size));
+    let mut receiving = host.receive(order)?;
+    let settings = DeliverySettings {
+        compress: recovery.compress,
+        verify: true,
+        sync: recovery.sync,
+        accept_damage: recovery.accept_damage,
+        pace: recovery.pace.clone(),
+        ..DeliverySettings::default()
+    };
+    let reported = Reported { context };
+    let mut delivery = Delivery::new(&device, settings, &reported, context.steer().clone());
+    let report = loop {
+        let link = receiving.link().map_err(|why| {
+            receiving.failure().unwrap_or_else(|| match why {
+                LinkError::Cancelled => problem::cancelled(),
+                LinkError::Cut(why) => Problem::new(
+                    Code::AgentUnreachable,
+                    format!("The protection agent is unreachable: {why}."),
+                ),
+            })
+        })?;
+        match delivery.serve(link) {
+            Ok(Delivered::Finished(report)) => break report,
+            Ok(Delivered::Cut) => {
+                if let Some(problem) = receiving.failure() {
+                    return Err(problem);
+                }
+                context.log(LogLevel::Warning, "The link broke; waiting for it to come back.".to_owned());
+            }
+            Err(error) => {
+                let said = receiving.failure();
+                return Err(problem::delivery(error, said));
+            }
+        }
+    };
+    receiving.conclude()?;
+    for range in report.lost.iter() {
+        context.log(
+            LogLevel::Warning,
+            format!(
+                "Lost: bytes {}..{} of disk {} ({} bytes), zeros in {}.",
+                range.start,
+                range.end,
+                recovery.disk,
+                range.len(),
+                recovery.path
+            ),
+        );
+    }
+    Ok(Recovered { figures: report.figures, lost: report.lost, verified: report.verified })
+}
