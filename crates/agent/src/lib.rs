@@ -1,1 +1,8 @@
 //! The agent: connects a host's datasources to a server.
+//!
+//! Wiring only. [`host`] is what a host does for an order, whoever brings it; `connection` dials a server and brings
+//! its orders here.
+
+pub mod host;
+
+pub use host::{Host, Receive, Sent};

@@ -46,6 +46,7 @@ pub struct RecoveryTarget {
     partial: PathBuf,
     state: PathBuf,
     overwrite: bool,
+    is_raw: bool,
     fresh: bool,
     device: Arc<dyn WritableDevice>,
     /// Held while this recovery lives, so that no second one fills the same file.
@@ -225,6 +226,7 @@ impl RecoveryTarget {
             partial,
             state,
             overwrite: request.overwrite,
+            is_raw: request.format == ImageFormat::Raw,
             fresh,
             device: Arc::from(device),
             _lock: lock,
@@ -246,10 +248,21 @@ impl RecoveryTarget {
         &self.partial
     }
 
-    /// Makes everything durable and gives the file its name. On failure the partial file stays.
-    pub fn finish(self) -> Result<(), ProviderError> {
+    /// Gives the file its name; with `sync` everything is durable before and after. On failure the partial file stays.
+    ///
+    /// Without `sync` the image's own tables are still written out, and only the wait for the disk is left out where
+    /// the format allows that: raw.
+    pub fn finish(self, sync: bool) -> Result<(), ProviderError> {
         let shown = self.path.display().to_string();
-        self.device.flush().map_err(|error| ProviderError::from_target_device(shown.clone(), &error))?;
+        if !sync && self.is_raw {
+            return self.finish_name(false);
+        }
+        self.device.flush().map_err(|error| ProviderError::from_target_device(shown, &error))?;
+        self.finish_name(sync)
+    }
+
+    fn finish_name(self, sync: bool) -> Result<(), ProviderError> {
+        let shown = self.path.display().to_string();
         let failed = |action: &'static str| {
             let shown = shown.clone();
             move |error: io::Error| ProviderError::target(shown, action, &error)
@@ -259,7 +272,9 @@ impl RecoveryTarget {
         } else {
             rename_without_replacing(&self.partial, &self.path).map_err(failed("give it its name"))?;
         }
-        sync_folder(&self.path).map_err(failed("sync its folder"))?;
+        if sync {
+            sync_folder(&self.path).map_err(failed("sync its folder"))?;
+        }
         remove_if_there(&self.state).map_err(failed("remove its state file"))
     }
 

@@ -66,7 +66,7 @@ fn a_recovery_is_continued_and_ends_under_its_name() {
         target.device().read_at(65536, &mut buf).unwrap();
         assert_eq!(buf, [7; 65536], "{format:?}");
         target.device().write_at(0, &[5; 512]).unwrap();
-        target.finish().unwrap();
+        target.finish(true).unwrap();
         let mut expected = vec![0; 2 << 20];
         expected[65536..131072].fill(7);
         expected[..512].fill(5);
@@ -81,7 +81,7 @@ fn holes_stay_holes() {
     let path = folder.path().join("disk.raw");
     let target = RecoveryTarget::open(&request(&path, ImageFormat::Raw)).unwrap();
     target.device().write_at(1 << 20, &[1; 4096]).unwrap();
-    target.finish().unwrap();
+    target.finish(true).unwrap();
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
@@ -101,13 +101,13 @@ fn nothing_that_stands_there_is_written_over_unasked() {
     fs::remove_file(&path).unwrap();
     let target = RecoveryTarget::open(&request).unwrap();
     fs::write(&path, b"precious").unwrap();
-    assert_eq!(target.finish().unwrap_err().code(), Code::TargetExists);
+    assert_eq!(target.finish(true).unwrap_err().code(), Code::TargetExists);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     request.overwrite = true;
     let target = RecoveryTarget::open(&request).unwrap();
     assert!(!target.fresh(), "the partial file was kept");
     assert_eq!(fs::read(&path).unwrap(), b"precious");
-    target.finish().unwrap();
+    target.finish(true).unwrap();
     assert_eq!(disk_in(&path, ImageFormat::Raw), vec![0; 2 << 20]);
     assert_eq!(names(folder.path()), ["disk.raw"]);
     // A folder is never replaced.
@@ -177,7 +177,7 @@ fn a_crash_before_the_image_was_one_begins_anew() {
     fs::remove_file(&partial).unwrap();
     let target = RecoveryTarget::open(&request).unwrap();
     assert!(target.fresh());
-    target.finish().unwrap();
+    target.finish(true).unwrap();
     assert_eq!(names(folder.path()), ["disk.qcow2"]);
 }
 

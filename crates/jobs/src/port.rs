@@ -99,6 +99,8 @@ pub struct ReceiveOrder {
     pub description: String,
     /// Whether an existing file may be replaced.
     pub overwrite: bool,
+    /// Whether to wait for the target's disk at the end.
+    pub sync: bool,
     /// Cancels and throttles.
     pub steer: Steer,
 }

@@ -124,6 +124,7 @@ pub fn run(
         sector: disk.sector,
         description: disk.description.clone(),
         overwrite: recovery.overwrite,
+        sync: recovery.sync,
         steer: context.steer().clone(),
     };
     context.phase("recovering", Some(disk.size));

@@ -1,0 +1,271 @@
+//! A host's work: what an order of the server means for the providers of this machine.
+//!
+//! The same code whether the order came over a network or from the same process. Blocking; one thread an order.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use datasource::{
+    DiskDescription, FreezeMethod, FreezeRequest, FrozenView, Images, MachineDescription, MachineSpec,
+    Provider, Source, TargetRequest,
+};
+use disk_image::ImageFormat;
+use disk_image::probe::NewDisk;
+use environment::{Clock, Randomness};
+use model::{Code, Consistency, JobId, Problem, RecoveryPointId};
+use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
+use transfer::{
+    Connector, DiskOrder, Sender, SenderError, SenderSettings, Steer, Target, TargetError, TargetSettings,
+};
+
+/// The providers of this machine and the world around them.
+pub struct Host {
+    images: Images,
+    clock: Arc<dyn Clock>,
+    randomness: Arc<dyn Randomness>,
+    running: Mutex<Vec<(JobId, Steer)>>,
+}
+
+/// What a host told about a machine that it sent.
+#[derive(Debug, Clone)]
+pub struct Sent {
+    /// The machine at the frozen moment.
+    pub description: MachineDescription,
+    /// How far that moment can be trusted.
+    pub consistency: Consistency,
+    /// Why that far.
+    pub evidence: String,
+}
+
+/// What is to be written where.
+#[derive(Debug, Clone)]
+pub struct Receive {
+    /// The job.
+    pub job: JobId,
+    /// The point that is recovered.
+    pub point: RecoveryPointId,
+    /// Its disk, from 0.
+    pub disk: u32,
+    /// The file that will be there in the end.
+    pub path: PathBuf,
+    /// `raw`, `vhd`, `vhdx` or `qcow2`.
+    pub format: String,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// 512 or 4096.
+    pub sector: u32,
+    /// The disk's description in the point, as JSON.
+    pub description: String,
+    /// Whether an existing file may be replaced.
+    pub overwrite: bool,
+    /// Whether to wait for the target's disk at the end.
+    pub sync: bool,
+}
+
+/// Reads a machine's definition.
+pub fn machine(definition: &str) -> Result<MachineSpec, Problem> {
+    serde_json::from_str(definition).map_err(|error| {
+        Problem::new(Code::ProtocolBroken, format!("The definition of the machine cannot be read: {error}."))
+    })
+}
+
+fn cancelled() -> Problem {
+    Problem::new(Code::Cancelled, "The job was cancelled.")
+}
+
+impl Host {
+    /// A host with the providers that this program has.
+    pub fn new(clock: Arc<dyn Clock>, randomness: Arc<dyn Randomness>) -> Host {
+        Host { images: Images::new(), clock, randomness, running: Mutex::default() }
+    }
+
+    /// Names of the providers.
+    pub fn providers(&self) -> Vec<&'static str> {
+        vec![self.images.name()]
+    }
+
+    fn provider(&self, machine: &MachineSpec) -> &dyn Provider {
+        match &machine.source {
+            Source::Images(_) => &self.images,
+        }
+    }
+
+    /// Looks at a machine without disturbing it.
+    pub fn inspect(&self, machine: &MachineSpec) -> Result<MachineDescription, Problem> {
+        self.provider(machine).inspect(machine).map_err(Problem::from)
+    }
+
+    /// Removes what crashed jobs left behind for these machines; gives lines for the log.
+    pub fn sweep(&self, machines: &[MachineSpec]) -> Result<Vec<String>, Problem> {
+        Ok(self.images.sweep(machines).map_err(Problem::from)?.removed)
+    }
+
+    /// Ends a running order.
+    pub fn cancel(&self, job: JobId) {
+        for (_, steer) in self.running().iter().filter(|(running, _)| *running == job) {
+            steer.cancel();
+        }
+    }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, Vec<(JobId, Steer)>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, job: JobId, steer: Steer) -> Running<'_> {
+        self.running().push((job, steer));
+        Running { host: self, job }
+    }
+
+    /// Freezes a machine, sends what is ordered, and proves that the view stood still until the end.
+    pub fn send(
+        &self,
+        job: JobId,
+        machine: &MachineSpec,
+        orders: Vec<DiskOrder>,
+        wanted: Consistency,
+        settings: SenderSettings,
+        connector: &mut dyn Connector<ToServer, ToAgent>,
+    ) -> Result<Sent, Problem> {
+        let view =
+            self.provider(machine).freeze(machine, &FreezeRequest { job, wanted }).map_err(Problem::from)?;
+        if view.disks().len() != orders.len() {
+            return Err(Problem::new(
+                Code::SourceChanged,
+                format!(
+                    "{} has {} disks, the order is for {}.",
+                    machine.name,
+                    view.disks().len(),
+                    orders.len()
+                ),
+            )
+            .about(machine.name.clone()));
+        }
+        let disks = view.disks().iter().map(|disk| disk.device.clone()).zip(orders).collect();
+        let sender = Sender::new(disks, settings);
+        let running = self.begin(job, sender.steer());
+        let result = sender.run(connector);
+        drop(running);
+        match result {
+            Ok(_) => {}
+            Err(SenderError::Device { disk, source }) => {
+                let known = view.disks().get(disk as usize);
+                let unknown = unknown_disk();
+                let description = known.map_or(&unknown, |disk| &disk.description);
+                return Err(view.explain(description, &source).into());
+            }
+            Err(SenderError::Cancelled) => return Err(cancelled()),
+            Err(SenderError::Link(error)) => return Err(Problem::new(Code::NoContact, format!("{error}."))),
+            Err(error) => return Err(Problem::new(Code::ProtocolBroken, format!("{error}."))),
+        }
+        view.verify_unchanged().map_err(Problem::from)?;
+        Ok(Sent {
+            description: view.description().clone(),
+            consistency: view.consistency(),
+            evidence: evidence(&*view),
+        })
+    }
+
+    /// Writes a recovered disk, and gives the file its name when everything is there.
+    pub fn receive(
+        &self,
+        order: &Receive,
+        connector: &mut dyn Connector<FromTarget, ToTarget>,
+    ) -> Result<(), Problem> {
+        let format: ImageFormat = order
+            .format
+            .parse()
+            .map_err(|error: String| Problem::new(Code::TargetFormat, format!("{error}.")))?;
+        let mut ids = [[0u8; 16]; 3];
+        for id in &mut ids {
+            self.randomness.fill(id).map_err(|error| {
+                Problem::new(Code::Internal, format!("No random bytes for a new image: {error}."))
+            })?;
+        }
+        let described: Option<DiskDescription> = serde_json::from_str(&order.description).ok();
+        let fixed = described
+            .filter(|described| described.format == order.format)
+            .and_then(|described| described.properties.get("subformat").cloned())
+            .is_some_and(|kind| kind == "fixed");
+        let request = TargetRequest {
+            path: order.path.clone(),
+            format,
+            new: NewDisk {
+                size: order.size,
+                logical_sector_size: order.sector,
+                fixed,
+                ids,
+                created: seconds_since_2000(self.clock.now_micros()),
+            },
+            point: order.point,
+            disk: format!("disk{}", order.disk),
+            overwrite: order.overwrite,
+        };
+        let target = self.images.recovery_target(&request).map_err(Problem::from)?;
+        let device = target.device();
+        let steer = Steer::new();
+        let running = self.begin(order.job, steer.clone());
+        let result = Target::new(&*device, TargetSettings { fresh: target.fresh() }, steer).run(connector);
+        drop(running);
+        match result {
+            Ok(_) => {}
+            Err(TargetError::Device(error)) => {
+                let object = order.path.display().to_string();
+                return Err(datasource::ProviderError::from_target_device(object, &error).into());
+            }
+            Err(TargetError::Cancelled) => return Err(cancelled()),
+            Err(TargetError::Link(error)) => return Err(Problem::new(Code::NoContact, format!("{error}."))),
+            Err(error @ TargetError::NotVerified) => {
+                return Err(Problem::new(Code::TargetWrite, format!("{error}."))
+                    .about(order.path.display().to_string()));
+            }
+            Err(error) => return Err(Problem::new(Code::ProtocolBroken, format!("{error}."))),
+        }
+        drop(device);
+        target.finish(order.sync).map_err(Problem::from)
+    }
+}
+
+struct Running<'a> {
+    host: &'a Host,
+    job: JobId,
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut running = self.host.running();
+        if let Some(position) = running.iter().position(|(job, _)| *job == self.job) {
+            running.remove(position);
+        }
+    }
+}
+
+/// VHD counts from the year 2000.
+fn seconds_since_2000(micros: u64) -> u32 {
+    u32::try_from((micros / 1_000_000).saturating_sub(946_684_800)).unwrap_or(u32::MAX)
+}
+
+fn unknown_disk() -> DiskDescription {
+    DiskDescription {
+        key: String::new(),
+        file_name: "a disk".to_owned(),
+        format: String::new(),
+        size: 0,
+        sector: 512,
+        chain: 1,
+        properties: std::collections::BTreeMap::new(),
+    }
+}
+
+fn evidence(view: &dyn FrozenView) -> String {
+    match view.method() {
+        FreezeMethod::Reflink => match view.consistency() {
+            Consistency::Offline => {
+                "copies sharing their blocks with the images, nobody had them open for writing".to_owned()
+            }
+            _ => "copies sharing their blocks with images that were in use".to_owned(),
+        },
+        FreezeMethod::InPlace { because } => {
+            format!("images read in place ({because}); nobody wrote to them from the first to the last byte")
+        }
+    }
+}
