@@ -6,3 +6,5 @@
 pub mod host;
 
 pub use host::{Host, Receive, Sent};
+
+pub mod connection;

@@ -1,3 +1,4 @@
 //! The server: sessions with agents, jobs, REST API.
 
 pub mod api;
+pub mod session;
