@@ -19,6 +19,43 @@
 //!   runs of zeros. (must)
 //! - Data in flight is bounded by credits; a cut loses at most that (INV-17: resuming gives the same point). (must)
 
+mod delivery;
+mod figures;
+mod frame;
+mod hasher;
+mod link;
+pub mod message;
+mod reception;
+mod scan;
+mod sender;
+mod steer;
+mod target;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use delivery::{Delivered, Delivery, DeliveryError, DeliveryReport, DeliverySettings};
+pub use figures::{Figures, Progress, Silent};
+pub use frame::Payload;
+pub use hasher::{Hashed, hash_block};
+pub use link::pair;
+pub use reception::{
+    AuditFinding, Differences, ExpectedDisk, ExpectedMode, Reception, ReceptionError, Served,
+};
+pub use sender::{Connector, DiskOrder, Mode, Sender, SenderError, SenderReport, SenderSettings};
+pub use steer::Steer;
+pub use target::{Target, TargetError, TargetReport, TargetSettings};
+pub use wire::WireError;
+
+/// Bytes of a block, as a buffer length.
+pub(crate) const BLOCK: usize = model::BLOCK_BYTES as usize;
+
+/// Blocks of a disk of `size` bytes, the last one perhaps only partly on the disk.
+pub(crate) fn blocks_of(size: u64) -> u64 {
+    size.div_ceil(model::BLOCK_BYTES)
+}
+
 /// BLAKE3 of the 64 KiB of a block (the tail of a disk padded with zeros).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockHash(pub [u8; 32]);
@@ -63,12 +100,17 @@ pub trait Link<Out, In>: Send + Sync {
     fn send(&self, message: Out) -> Result<(), LinkError>;
     /// Waits for the next message.
     fn receive(&self) -> Result<In, LinkError>;
+    /// Ends the link for both sides and wakes whoever waits in it, from any thread.
+    ///
+    /// Sending fails with `why` at once. Receiving still gives what was sent before, then fails with `why` (the
+    /// far side of a network may see a plain `Cut` instead). Closing twice keeps the first reason.
+    fn close(&self, why: LinkError);
 }
 
 /// What the server does with one announced block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// The replica's block at this place is the same already: nothing changes.
+    /// The replica's block at this place, as this job left it so far, is the same already: nothing changes.
     Unchanged,
     /// A block of this very job has this content: the server uses it.
     InJob,
@@ -86,7 +128,7 @@ pub struct StoreError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 /// One job, one store, one thread. Block indexes count units of `model::BLOCK_BYTES` from the start of the disk.
 pub trait Store: Send {
     /// Compares an announced block with the replica and with what this job stored, and where the answer is
-    /// `InJob` puts that block in its place.
+    /// `InJob` puts that block in its place. May be asked again for a block that was `Wanted` before.
     fn announce(&mut self, disk: u32, block: u64, hash: &BlockHash) -> Result<Verdict, StoreError>;
     /// Whether the replica's block equals `hash`; changes nothing. For audited blocks.
     fn equals(&mut self, disk: u32, block: u64, hash: &BlockHash) -> Result<bool, StoreError>;

@@ -1,0 +1,148 @@
+//! Frames on their way: one to [`FRAME_BLOCKS`] blocks, packed by the end that reads and opened by the end that
+//! keeps.
+//!
+//! Refuses: a zstd payload that is not exactly one frame, or that does not decode to exactly the blocks it stands
+//! for; the output buffer has that size, so no claim of the sender allocates more.
+
+use bytes::Bytes;
+
+use crate::{BLOCK, BlockHash, Codec, FRAME_BLOCKS, Frame, Hashed, hash_block};
+
+/// The encoded blocks of one frame, perhaps with the proof that this process hashed them.
+#[derive(Debug, Clone)]
+pub struct Payload {
+    codec: Codec,
+    bytes: Bytes,
+    blocks: usize,
+    proof: Option<Hashed>,
+}
+
+/// The proof never travels, so it does not count: a message equals its decoded encoding.
+impl PartialEq for Payload {
+    fn eq(&self, other: &Payload) -> bool {
+        (self.codec, &self.bytes, self.blocks) == (other.codec, &other.bytes, other.blocks)
+    }
+}
+
+/// Why a payload is not the blocks it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PayloadError {
+    #[error("the payload stands for {found} blocks, expected {expected}")]
+    Count { expected: usize, found: usize },
+    #[error("the payload decodes to {found} bytes, expected {expected}")]
+    Length { expected: usize, found: usize },
+    #[error("the payload is not exactly one zstd frame")]
+    NotZstd,
+    #[error("block {index} of the frame does not have the hash announced for it")]
+    Hash { index: usize },
+}
+
+impl Payload {
+    /// A payload without a proof, as it comes from a wire.
+    pub fn unproved(codec: Codec, bytes: Bytes, blocks: usize) -> Payload {
+        Payload { codec, bytes, blocks, proof: None }
+    }
+
+    /// How the bytes are encoded.
+    pub fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// The encoded bytes.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// Blocks it stands for.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The blocks as plain bytes; exactly `blocks()` times 64 KiB.
+    pub(crate) fn open(&self) -> Result<Bytes, PayloadError> {
+        if self.blocks == 0 || self.blocks > FRAME_BLOCKS {
+            return Err(PayloadError::Count { expected: FRAME_BLOCKS, found: self.blocks });
+        }
+        let expected = self.blocks * BLOCK;
+        match self.codec {
+            Codec::Plain if self.bytes.len() == expected => Ok(self.bytes.clone()),
+            Codec::Plain => Err(PayloadError::Length { expected, found: self.bytes.len() }),
+            Codec::Zstd => {
+                // Bytes behind the frame would be stored and never looked at.
+                if zstd::zstd_safe::find_frame_compressed_size(&self.bytes) != Ok(self.bytes.len()) {
+                    return Err(PayloadError::NotZstd);
+                }
+                let mut plain = vec![0; expected];
+                let found = zstd::bulk::decompress_to_buffer(&self.bytes[..], &mut plain[..])
+                    .map_err(|_| PayloadError::NotZstd)?;
+                if found != expected {
+                    return Err(PayloadError::Length { expected, found });
+                }
+                Ok(plain.into())
+            }
+        }
+    }
+
+    /// Whether these are blocks with these hashes: by the proof if this process made it, by hashing otherwise.
+    pub(crate) fn check(&self, expected: &[BlockHash]) -> Result<(), PayloadError> {
+        if self.blocks != expected.len() {
+            return Err(PayloadError::Count { expected: expected.len(), found: self.blocks });
+        }
+        match &self.proof {
+            Some(proof) => compare(expected, proof.hashes().iter().copied()),
+            None => compare(expected, self.open()?.chunks_exact(BLOCK).map(hash_block)),
+        }
+    }
+
+    /// Checks and decodes in one step.
+    pub(crate) fn open_checked(&self, expected: &[BlockHash]) -> Result<Bytes, PayloadError> {
+        if self.blocks != expected.len() {
+            return Err(PayloadError::Count { expected: expected.len(), found: self.blocks });
+        }
+        let plain = self.open()?;
+        match &self.proof {
+            Some(proof) => compare(expected, proof.hashes().iter().copied())?,
+            None => compare(expected, plain.chunks_exact(BLOCK).map(hash_block))?,
+        }
+        Ok(plain)
+    }
+
+    /// The frame for the store, once its blocks were checked against `hashes`.
+    pub(crate) fn into_frame(self, hashes: Vec<BlockHash>) -> Frame {
+        Frame { codec: self.codec, bytes: self.bytes, hashes }
+    }
+}
+
+fn compare(expected: &[BlockHash], found: impl Iterator<Item = BlockHash>) -> Result<(), PayloadError> {
+    match expected.iter().zip(found).position(|(expected, found)| *expected != found) {
+        Some(index) => Err(PayloadError::Hash { index }),
+        None => Ok(()),
+    }
+}
+
+/// Packs blocks into payloads. One a thread: it keeps the compressor's memory.
+pub(crate) struct Packer {
+    compressor: Option<zstd::bulk::Compressor<'static>>,
+}
+
+impl Packer {
+    /// A packer with that zstd level; `None` never compresses.
+    pub(crate) fn new(level: Option<i32>) -> Packer {
+        // Without memory for a compressor the blocks travel plain: slower, not wrong.
+        Packer { compressor: level.and_then(|level| zstd::bulk::Compressor::new(level).ok()) }
+    }
+
+    /// Packs whole blocks, hashed by this process. Plain unless compression saves at least 3 %: decoding costs
+    /// every later reader.
+    pub(crate) fn pack(&mut self, plain: Bytes, hashes: Vec<BlockHash>) -> Payload {
+        let blocks = hashes.len();
+        let proof = Some(Hashed::vouched(hashes));
+        if let Some(compressor) = &mut self.compressor
+            && let Ok(packed) = compressor.compress(&plain)
+            && packed.len() < plain.len() / 100 * 97
+        {
+            return Payload { codec: Codec::Zstd, bytes: packed.into(), blocks, proof };
+        }
+        Payload { codec: Codec::Plain, bytes: plain, blocks, proof }
+    }
+}
