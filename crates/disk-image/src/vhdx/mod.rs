@@ -37,8 +37,8 @@
 //!
 //! Memory, whatever the image says (a 64 TiB disk with blocks of 1 MiB has a BAT of 512 MiB):
 //! - BAT and sector bitmaps: [`CACHED_PAGES`] pages of 64 KiB per image of the chain;
-//! - a log that is replayed: at most [`MAX_REPLAYED_LOG`], held twice while the image is opened, and checked with
-//!   a bounded number of passes;
+//! - a log that is replayed: at most [`MAX_REPLAYED_LOG`], held twice while the image is opened (three times
+//!   by a writer), and checked with a bounded number of passes;
 //! - metadata table 64 KiB, parent locator 1 MiB, at most [`MAX_CHAIN`](crate::MAX_CHAIN) images;
 //! - a writer: one bit per MiB of file while it is opened, [`MAX_DIRTY_PAGES`] changed pages, and a list of at most
 //!   65,536 free blocks.
@@ -63,7 +63,7 @@
 //!
 //! Invariants
 //! - No BAT entry in the file names a block whose payload is not durable. (must: else a crash shows garbage)
-//! - A freed block is not used again before the BAT without it is durable. (must: else two disks offsets share it)
+//! - A freed block is not used again before the BAT without it is durable. (must: else two offsets of the disk share it)
 //! - `FileWriteGuid` and `DataWriteGuid` change before the first change of a session. (must: a child made from the
 //!   old content must refuse the new)
 

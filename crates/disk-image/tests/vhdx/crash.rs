@@ -109,7 +109,7 @@ proptest! {
 /// The bytes that each sector may show after a crash: as of the last flush, and everything written since.
 struct Allowed {
     flushed: Vec<u8>,
-    /// Journal step at which a write began, first sector, sectors, byte.
+    /// First sector, sectors, byte.
     since: Vec<(u64, u64, u8)>,
 }
 

@@ -194,16 +194,16 @@ fn bat_entries() {
     let length = good().len() as u64;
     for (entry, wanted) in [
         (6 | length, "the file has"),
-        (6 | 1 << 63, "the file has"),
+        (6 | (1 << 63), "the file has"),
         (6, "header section"),
         (6 | LOG, "in the log or in a region"),
         (6 | METADATA, "in the log or in a region"),
         (6 | BAT, "in the log or in a region"),
-        (6 | 4 * MIB | 8, "reserved bits"),
-        (6 | 4 * MIB | 512 << 10, "reserved bits"),
+        (6 | (4 * MIB) | 8, "reserved bits"),
+        (6 | (4 * MIB) | (512 << 10), "reserved bits"),
         (4, "reserved state 4"),
         (5, "reserved state 5"),
-        (7 | 4 * MIB, "no parent"),
+        (7 | (4 * MIB), "no parent"),
     ] {
         let mut bytes = good();
         put(&mut bytes, BAT, &entry.to_le_bytes());
@@ -387,7 +387,7 @@ fn sector_bitmaps() {
     for (entry, wanted) in [
         (0u64, "no sector bitmap block"),
         (2, "has the state"),
-        (6 | 1 << 40, "the file has"),
+        (6 | (1 << 40), "the file has"),
         (6 | BAT, "in the log or in a region"),
     ] {
         let mut bytes = child.clone();
