@@ -1,6 +1,6 @@
 //! Agreement with `qemu-img` and `qemu-io`, both ways. Package `qemu-utils`; the tests fail without it.
 //!
-//! QEMU knows no VHDX children and no sectors of 4096 bytes; those are covered by the other tests only.
+//! Children and sectors of 4096 bytes are not compared with QEMU; the other tests cover them alone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
