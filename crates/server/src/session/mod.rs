@@ -143,6 +143,3 @@ async fn blocking<T: Send + 'static>(
         .await
         .unwrap_or_else(|_| Err(Problem::new(Code::Internal, "The register of hosts stopped unexpectedly.")))
 }
-
-#[cfg(test)]
-mod tests;
