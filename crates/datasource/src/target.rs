@@ -254,6 +254,8 @@ impl RecoveryTarget {
     /// the format allows that: raw.
     pub fn finish(self, sync: bool) -> Result<(), ProviderError> {
         let shown = self.path.display().to_string();
+        // What replaces another file is durable before it does: a power cut must not lose both.
+        let sync = sync || self.overwrite;
         if !sync && self.is_raw {
             return self.finish_name(false);
         }

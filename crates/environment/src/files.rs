@@ -55,6 +55,9 @@ pub trait Files: Send + Sync {
     fn list(&self, folder: &str) -> io::Result<Vec<Entry>>;
     /// Makes a folder and those above it, durable; fine if it exists.
     fn make_folder(&self, folder: &str) -> io::Result<()>;
+    /// Makes the names in a folder durable. For names that were published by a process which may have ended before
+    /// its own sync; never to mend a sync that failed (INV-5). A missing folder is `NotFound`.
+    fn sync_folder(&self, folder: &str) -> io::Result<()>;
     /// Begins a file that will be called `name`.
     fn create(&self, name: &str) -> io::Result<Box<dyn NewFile>>;
     /// Takes the exclusive lock `name` (the file is created empty if missing), for the life of the result. `None` if
@@ -62,6 +65,8 @@ pub trait Files: Send + Sync {
     fn lock(&self, name: &str) -> io::Result<Option<Box<dyn Lock>>>;
     /// Bytes that can still be written.
     fn free_bytes(&self) -> io::Result<u64>;
+    /// Bytes of the file system.
+    fn total_bytes(&self) -> io::Result<u64>;
     /// The path of `name`, for messages.
     fn display(&self, name: &str) -> String;
 
@@ -313,6 +318,10 @@ impl Files for FolderFiles {
         Ok(())
     }
 
+    fn sync_folder(&self, folder: &str) -> io::Result<()> {
+        sync_folder(&self.path(folder))
+    }
+
     fn create(&self, name: &str) -> io::Result<Box<dyn NewFile>> {
         Ok(Box::new(self.begin(self.path(name))?))
     }
@@ -336,6 +345,16 @@ impl Files for FolderFiles {
         {
             let stat = rustix::fs::statvfs(&self.root)?;
             Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        }
+        #[cfg(not(unix))]
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn total_bytes(&self) -> io::Result<u64> {
+        #[cfg(unix)]
+        {
+            let stat = rustix::fs::statvfs(&self.root)?;
+            Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
         }
         #[cfg(not(unix))]
         Err(io::ErrorKind::Unsupported.into())

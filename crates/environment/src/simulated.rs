@@ -282,6 +282,12 @@ impl Files for SimulatedFiles {
         world.make_folder(caller, &normal(folder))
     }
 
+    fn sync_folder(&self, folder: &str) -> io::Result<()> {
+        let mut world = self.world();
+        let caller = self.caller(&world);
+        world.sync_folder(caller, &normal(folder))
+    }
+
     fn create(&self, name: &str) -> io::Result<Box<dyn NewFile>> {
         let name = normal(name);
         let mut world = self.world();
@@ -297,6 +303,10 @@ impl Files for SimulatedFiles {
             Some(inode) => Some(Box::new(HeldLock { world: self.world.clone(), caller, inode })),
             None => None,
         })
+    }
+
+    fn total_bytes(&self) -> io::Result<u64> {
+        Ok(1 << 40)
     }
 
     fn free_bytes(&self) -> io::Result<u64> {

@@ -8,6 +8,7 @@
 //! Refuses to know: what a command does, what a payload of a data stream means, who may do what.
 
 pub mod api;
+pub mod machine;
 pub mod channel;
 pub mod wire;
 

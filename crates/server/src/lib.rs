@@ -1,4 +1,5 @@
 //! The server: sessions with agents, jobs, REST API.
 
 pub mod api;
+pub mod app;
 pub mod session;

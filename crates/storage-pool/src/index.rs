@@ -1,10 +1,10 @@
 //! Which pack holds a chunk: runs on disk (section 7) and what is newer than they.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use environment::{Files, ReadFile};
-use model::{DomainId, PoolId};
+use model::DomainId;
 
 use crate::chunk::{ChunkId, Location, PackId};
 use crate::error::{Damage, PoolError};
@@ -13,6 +13,7 @@ use crate::format::pack::{self, PackKind};
 use crate::format::run::{self, PAGE, RunEntry, RunHead, RunPack};
 use crate::keys::Keys;
 use crate::packs::{self, FinishedPack};
+use crate::sequence::{self, Unpublished};
 
 /// More runs than this are merged into one by the next writer.
 pub const MAX_RUNS: usize = 12;
@@ -32,12 +33,14 @@ pub struct PackInfo {
 
 struct Run {
     head: RunHead,
+    key: [u8; 32],
     file: Box<dyn ReadFile>,
     path: String,
 }
 
 impl Run {
-    fn open(files: &dyn Files, pool: PoolId, number: u64) -> Result<Run, PoolError> {
+    fn open(files: &dyn Files, keys: &Keys, number: u64) -> Result<Run, PoolError> {
+        let key = keys.run(number);
         let name = run::name(number);
         let path = files.display(&name);
         let io = |source| PoolError::io(path.clone(), "read", source);
@@ -55,11 +58,11 @@ impl Run {
         }
         let mut bytes = vec![0u8; head_length as usize];
         file.read_exact_at(0, &mut bytes).map_err(io)?;
-        let head = run::decode_head(&bytes, length).map_err(format)?;
-        if head.pool != pool || head.number != number {
+        let head = run::decode_head(&key, &bytes, length).map_err(format)?;
+        if head.pool != keys.pool() || head.number != number {
             return Err(format(FormatError::at(16, format!("is run {} of pool {}", head.number, head.pool))));
         }
-        Ok(Run { head, file, path })
+        Ok(Run { head, key, file, path })
     }
 
     fn page(&self, index: u64) -> Result<Vec<RunEntry>, PoolError> {
@@ -68,7 +71,8 @@ impl Run {
         self.file
             .read_exact_at(at, &mut bytes)
             .map_err(|source| PoolError::io(self.path.clone(), "read", source))?;
-        run::decode_page(&self.head, index, &bytes).map_err(|error| error.in_file(self.path.clone()))
+        run::decode_page(&self.key, &self.head, index, &bytes)
+            .map_err(|error| error.in_file(self.path.clone()))
     }
 
     fn find(&self, id: &ChunkId, found: &mut Vec<Location>) -> Result<(), PoolError> {
@@ -103,7 +107,7 @@ impl Run {
 /// The index of a pool.
 pub struct Index {
     files: Arc<dyn Files>,
-    pool: PoolId,
+    keys: Keys,
     runs: Vec<Arc<Run>>,
     next_number: u64,
     loose: HashMap<ChunkId, Vec<Location>>,
@@ -112,6 +116,10 @@ pub struct Index {
     superseded: BTreeSet<u64>,
     /// Runs that cannot be read; the next run that is written replaces them.
     damaged_runs: BTreeSet<u64>,
+    /// Packs that a permit allows to be missing and that are still there.
+    leftovers: BTreeSet<PackId>,
+    /// Highest record that a readable run knew of.
+    witnessed: u64,
     damage: Vec<Damage>,
 }
 
@@ -132,7 +140,7 @@ impl Index {
         };
         let mut index = Index {
             files: files.clone(),
-            pool: keys.pool(),
+            keys: keys.clone(),
             runs: Vec::new(),
             next_number: 1,
             loose: HashMap::new(),
@@ -140,6 +148,8 @@ impl Index {
             packs: HashMap::new(),
             superseded: BTreeSet::new(),
             damaged_runs: BTreeSet::new(),
+            leftovers: BTreeSet::new(),
+            witnessed: 0,
             damage: Vec::new(),
         };
         // Runs before packs: a run names only packs that were there before it.
@@ -147,9 +157,10 @@ impl Index {
         let mut unreadable = Vec::new();
         for entry in list("index")? {
             let Some(number) = run::number(&entry.name) else { continue };
-            index.next_number = index.next_number.max(number + 1);
-            match Run::open(&*files, keys.pool(), number) {
+            match Run::open(&*files, keys, number) {
                 Ok(run) => {
+                    index.next_number = index.next_number.max(number.saturating_add(1));
+                    index.witnessed = index.witnessed.max(run.head.witnessed);
                     index.superseded.extend(&run.head.superseded);
                     runs.push(run);
                 }
@@ -185,7 +196,18 @@ impl Index {
         for folder in list("packs")?.iter().filter(|entry| entry.is_folder) {
             for entry in list(&format!("packs/{}", folder.name))? {
                 let Some(id) = pack::id(&entry.name) else { continue };
+                let path = format!("packs/{}/{}", folder.name, entry.name);
+                if pack::name(id) != path {
+                    index.damage.push(Damage::File {
+                        path: files.display(&path),
+                        offset: 0,
+                        reason: format!("is not where it belongs, {}", pack::name(id)),
+                        derived: false,
+                    });
+                    continue;
+                }
                 if gone(id) {
+                    index.leftovers.insert(id);
                     continue;
                 }
                 if let Some(known) = index.packs.get_mut(&id) {
@@ -202,7 +224,9 @@ impl Index {
                 }
                 match packs::read_table(&*files, keys, id) {
                     Ok(table) => index.add_loose(&table),
-                    Err(error @ PoolError::Io { .. }) => return Err(error),
+                    // A reclaim beside this reader removed it after the listing.
+                    Err(PoolError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+                    // One bad sector must not keep every other pack from being read.
                     Err(error) => index.damage.push(Damage::File {
                         path: files.display(&pack::name(id)),
                         offset: 0,
@@ -233,25 +257,61 @@ impl Index {
         &self.packs
     }
 
-    /// Gives up the run whose file is `path` because a page of it is damaged, and reads what it said from its packs.
-    /// Whether there was such a run.
-    pub fn discard(&mut self, path: &str, keys: &Keys) -> Result<bool, PoolError> {
-        let Some(position) = self.runs.iter().position(|run| run.path == path) else { return Ok(false) };
+    /// Highest record that a readable run knew of: a sequence that ends before has lost records.
+    pub fn witnessed(&self) -> u64 {
+        self.witnessed
+    }
+
+    /// Packs that a permit allows to be missing and that are still there.
+    pub fn leftovers(&self) -> &BTreeSet<PackId> {
+        &self.leftovers
+    }
+
+    /// The deletion service was asked to remove these packs, or has removed them.
+    pub fn set_leftover(&mut self, packs: &[PackId], is_there: bool) {
+        for pack in packs {
+            if is_there {
+                self.leftovers.insert(*pack);
+            } else {
+                self.leftovers.remove(pack);
+            }
+        }
+    }
+
+    /// Packs that no run names, and whose folder may not be durable yet when another process made them.
+    pub fn loose_packs(&self) -> &BTreeSet<PackId> {
+        &self.loose_packs
+    }
+
+    /// If `error` is of a run that cannot be read, gives that run up; any other error comes back.
+    pub fn heal(&mut self, error: PoolError) -> Result<(), PoolError> {
+        let path = match &error {
+            PoolError::Damaged { path, .. } | PoolError::TooNew { path, .. } | PoolError::Io { path, .. } => {
+                path
+            }
+            _ => return Err(error),
+        };
+        if self.discard(path) { Ok(()) } else { Err(error) }
+    }
+
+    /// Gives up the run whose file is `path` because a page of it cannot be read, and reads what it said from its
+    /// packs. Whether there was such a run.
+    pub fn discard(&mut self, path: &str) -> bool {
+        let Some(position) = self.runs.iter().position(|run| run.path == path) else { return false };
         let run = self.runs.remove(position);
         self.damaged_runs.insert(run.head.number);
         self.damage.push(Damage::File {
             path: path.to_owned(),
             offset: run.head.pages_at,
-            reason: "a page does not match its hash".to_owned(),
+            reason: "a page cannot be read or does not match its hash".to_owned(),
             derived: true,
         });
         for pack in &run.head.packs {
             if !self.packs.get(&pack.pack).is_some_and(|info| info.present) {
                 continue;
             }
-            match packs::read_table(&*self.files, keys, pack.pack) {
+            match packs::read_table(&*self.files, &self.keys, pack.pack) {
                 Ok(table) => self.add_loose(&table),
-                Err(error @ PoolError::Io { .. }) => return Err(error),
                 Err(error) => self.damage.push(Damage::File {
                     path: self.files.display(&pack::name(pack.pack)),
                     offset: 0,
@@ -260,7 +320,7 @@ impl Index {
                 }),
             }
         }
-        Ok(true)
+        true
     }
 
     /// Adds the chunks of a pack that became durable.
@@ -277,7 +337,11 @@ impl Index {
         );
         self.loose_packs.insert(id);
         for entry in &pack.table {
-            self.loose.entry(entry.id).or_default().push(Location { pack: id, at: entry.location });
+            let place = Location { pack: id, at: entry.location };
+            let places = self.loose.entry(entry.id).or_default();
+            if !places.contains(&place) {
+                places.push(place);
+            }
         }
     }
 
@@ -323,65 +387,59 @@ impl Index {
     }
 
     /// Writes loose packs into a run; where too many runs stand, all of them into one. Durable when it returns.
-    pub fn flush(&mut self) -> Result<(), PoolError> {
-        if self.loose_packs.is_empty() {
+    /// `head` is the last record, which must be durable.
+    pub fn flush(&mut self, head: u64) -> Result<(), PoolError> {
+        if self.loose_packs.is_empty() && self.damaged_runs.is_empty() {
             return Ok(());
         }
         if self.runs.len() >= MAX_RUNS {
-            // A damaged run is not merged: its packs are read anew.
-            return self.rewrite(&|_| true);
+            return self.rewrite(head, &|_| true);
         }
         let packs: Vec<PackId> = self.loose_packs.iter().copied().collect();
-        let loose = std::mem::take(&mut self.loose);
-        let entries = loose.iter().flat_map(|(id, places)| places.iter().map(|place| (*id, *place)));
+        let entries = self.loose.iter().flat_map(|(id, places)| places.iter().map(|place| (*id, *place)));
+        let entries = entries.collect();
         let replaced: Vec<u64> = self.damaged_runs.iter().copied().collect();
-        let result = self.write(&packs, entries.collect(), &replaced);
-        match result {
-            Ok(run) => {
-                self.runs.push(Arc::new(run));
-                self.loose_packs.clear();
-                self.superseded.append(&mut self.damaged_runs);
-                Ok(())
-            }
-            Err(error) => {
-                self.loose = loose;
-                Err(error)
-            }
-        }
+        let run = self.write(head, &packs, entries, &replaced)?;
+        self.runs.push(Arc::new(run));
+        self.loose.clear();
+        self.loose_packs.clear();
+        self.superseded.append(&mut self.damaged_runs);
+        Ok(())
     }
 
-    /// Writes one run of all packs that `keep` keeps, superseding every other.
-    pub fn rewrite(&mut self, keep: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
-        let kept: Vec<PackId> = {
-            let sorted: BTreeMap<PackId, ()> = self
-                .packs
-                .iter()
-                .filter(|(id, info)| info.present && keep(**id))
-                .map(|(id, _)| (*id, ()))
-                .collect();
-            sorted.into_keys().collect()
-        };
-        let is_kept: BTreeSet<PackId> = kept.iter().copied().collect();
-        let mut entries = Vec::new();
-        self.for_each(|id, place| {
-            if is_kept.contains(&place.pack) {
-                entries.push((id, place));
+    /// Writes one run of all packs that `keep` keeps, superseding every other. Packs that are missing stay named, so
+    /// that it stays known that they are.
+    pub fn rewrite(&mut self, head: u64, keep: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
+        let (kept, entries) = loop {
+            let kept: BTreeSet<PackId> = self.packs.keys().copied().filter(|id| keep(*id)).collect();
+            let mut entries = Vec::new();
+            let read = self.for_each(|id, place| {
+                if kept.contains(&place.pack) {
+                    entries.push((id, place));
+                }
+            });
+            // A run that cannot be read is not merged: its packs are read anew.
+            match read {
+                Ok(()) => break (kept, entries),
+                Err(error) => self.heal(error)?,
             }
-        })?;
+        };
         let superseded: Vec<u64> =
             self.runs.iter().map(|run| run.head.number).chain(self.damaged_runs.iter().copied()).collect();
-        let run = self.write(&kept, entries, &superseded)?;
+        let listed: Vec<PackId> = kept.iter().copied().collect();
+        let run = self.write(head, &listed, entries, &superseded)?;
         self.superseded.extend(superseded);
         self.damaged_runs.clear();
         self.runs = vec![Arc::new(run)];
         self.loose.clear();
         self.loose_packs.clear();
-        self.packs.retain(|id, info| is_kept.contains(id) || !info.present && keep(*id));
+        self.packs.retain(|id, _| kept.contains(id));
         Ok(())
     }
 
     fn write(
         &mut self,
+        head: u64,
         packs: &[PackId],
         places: Vec<(ChunkId, Location)>,
         superseded: &[u64],
@@ -403,25 +461,40 @@ impl Index {
                 Some(RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length })
             })
             .collect();
-        let number = self.next_number;
-        let bytes = run::encode(self.pool, number, &listed, superseded, &entries);
-        let name = run::name(number);
-        let write = || -> std::io::Result<()> {
-            let mut file = self.files.create(&name)?;
-            file.append(&bytes)?;
-            file.publish()
-        };
-        write().map_err(|source| match source.kind() {
-            std::io::ErrorKind::AlreadyExists => PoolError::Fenced { number },
-            _ => PoolError::io(self.files.display(&name), "write", source),
-        })?;
-        self.next_number += 1;
-        Run::open(&*self.files, self.pool, number)
+        loop {
+            let number = self.next_number;
+            let name = run::name(number);
+            let path = self.files.display(&name);
+            let next = number.checked_add(1).ok_or_else(|| PoolError::Exists { path: path.clone() })?;
+            let bytes = run::encode(
+                &self.keys.run(number),
+                self.keys.pool(),
+                number,
+                head,
+                &listed,
+                superseded,
+                &entries,
+            );
+            self.next_number = next;
+            match sequence::publish(&*self.files, &name, &bytes) {
+                Ok(()) => return Run::open(&*self.files, &self.keys, number),
+                // A file that is no readable run stands there.
+                Err(Unpublished::Taken) => {}
+                Err(failed) => return Err(failed.into_error(path)),
+            }
+        }
     }
 
     /// Numbers of runs that others replaced and whose files may still be there, and of damaged runs whose packs
     /// are all named elsewhere.
     pub fn superseded(&self) -> Vec<u64> {
         self.superseded.iter().copied().collect()
+    }
+
+    /// The files of these runs are gone.
+    pub fn forget_superseded(&mut self, runs: &[u64]) {
+        runs.iter().for_each(|number| {
+            self.superseded.remove(number);
+        });
     }
 }

@@ -13,7 +13,7 @@ use crate::format::payload::Kind;
 use crate::frame::{self, BLOCK};
 use crate::keys::DomainKeys;
 use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
-use crate::packs::{FinishedPack, PackWriter};
+use crate::packs::PackWriter;
 use crate::pool::{IngestPass, Pool, PoolNodes};
 use crate::state::{self, Point, PointDisk};
 
@@ -56,6 +56,8 @@ pub struct Ingest {
 struct Shared {
     pool: Arc<Pool>,
     keys: Arc<DomainKeys>,
+    /// Pool time at the beginning.
+    began: u64,
     inner: Mutex<Inner>,
     _pass: IngestPass,
 }
@@ -159,15 +161,14 @@ fn finish_pack(shared: &Shared, inner: &mut Inner, kind: PackKind) -> Result<(),
     };
     let Some(writer) = writer else { return Ok(()) };
     let id = writer.id();
-    let finished: FinishedPack = writer.finish()?;
+    let finished = shared.pool.finish_pack(writer)?;
     inner.current.retain(|_, place| place.pack != id);
     inner.finished.insert(id);
     inner.entries += finished.table.len();
     inner.figures.stored += finished.length;
-    let mut index = shared.pool.index_mut();
-    index.add_loose(&finished);
+    shared.pool.index_mut().add_loose(&finished);
     if inner.entries >= HELD_ENTRIES {
-        index.flush()?;
+        shared.pool.flush_index()?;
         inner.entries = 0;
     }
     Ok(())
@@ -193,14 +194,15 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
                 return Ok(true);
             }
         }
-        if shared.pool.reader.is_sound(place, shared.keys.domain)? {
+        if shared.pool.reader.is_sound(place, shared.keys.domain) {
             shared.inner().proved.insert(key);
             return Ok(true);
         }
         let record = crate::format::payload::Damage {
             pack: place.pack.0.to_vec(),
             frames: vec![place.frame()],
-            reason: "its bytes did not fit their hash when a backup wanted to share it".to_owned(),
+            reason: "it could not be read or did not fit its seal when a backup wanted to share it"
+                .to_owned(),
         };
         shared.pool.append(Kind::Damage, &record)?;
     }
@@ -270,9 +272,11 @@ impl Ingest {
         if !pool.is_writable() {
             return Err(PoolError::ReadOnly);
         }
+        let pass = pool.enter_ingest();
         let shared = Shared {
             pool: pool.clone(),
             keys: pool.domain_keys(domain),
+            began: pool.state().pool_time,
             inner: Mutex::new(Inner {
                 blocks: None,
                 nodes: None,
@@ -283,7 +287,7 @@ impl Ingest {
                 proved: HashSet::new(),
                 figures: IngestFigures::default(),
             }),
-            _pass: pool.enter_ingest(),
+            _pass: pass,
         };
         Ok(Ingest { shared: Arc::new(shared) })
     }
@@ -364,7 +368,10 @@ impl Ingest {
     pub fn edit_map(&self, base: Option<MapRoot>, size: u64) -> Result<MapEditor<JobNodes>, PoolError> {
         let blocks = size.div_ceil(BLOCK_BYTES);
         let base = base.filter(|base| base.levels == levels(blocks)).unwrap_or(MapRoot::zeros(blocks));
-        MapEditor::new(self.nodes(), base, blocks)
+        let mut editor = MapEditor::new(self.nodes(), base, blocks)?;
+        // What lay behind the end of a larger disk must not come back when this one grows.
+        editor.zero(blocks..editor.reach(), &mut self.nodes())?;
+        Ok(editor)
     }
 
     /// Reads any map of this domain, as this job sees it.
@@ -388,7 +395,7 @@ impl Ingest {
         flush_nodes(&self.shared, &mut inner)?;
         finish_pack(&self.shared, &mut inner, PackKind::Blocks)?;
         finish_pack(&self.shared, &mut inner, PackKind::Nodes)?;
-        self.shared.pool.index_mut().flush()?;
+        self.shared.pool.flush_index()?;
         inner.entries = 0;
         Ok(())
     }
@@ -436,6 +443,8 @@ impl Ingest {
     /// anybody be told.
     pub fn commit(self, id: RecoveryPointId, new: NewPoint, disks: Vec<NewDisk>) -> Result<Point, PoolError> {
         self.settle()?;
+        self.prove_base(new.base)?;
+        self.prove_disks(&disks)?;
         let point = Point {
             number: 0,
             id,
@@ -472,11 +481,58 @@ impl Ingest {
             suspect: None,
             verified: None,
         };
-        if self.shared.pool.state().points.contains_key(&id) {
-            return Err(PoolError::Misuse(format!("recovery point {id} exists")));
-        }
         let record = state::encode_point(&point);
-        self.shared.pool.append(Kind::Point, &record)?;
+        self.shared.pool.append_if(Kind::Point, |state| {
+            if state.points.contains_key(&id) {
+                return Err(PoolError::Misuse(format!("recovery point {id} exists")));
+            }
+            Ok(Some(&record))
+        })?;
         self.shared.pool.point(id)
+    }
+
+    /// Refuses a point made from one whose chunks may be gone or are under other keys.
+    fn prove_base(&self, base: Option<RecoveryPointId>) -> Result<(), PoolError> {
+        let Some(base) = base else { return Ok(()) };
+        let state = self.shared.pool.state();
+        let point = state.points.get(&base).ok_or(PoolError::NoSuchPoint(base))?;
+        // Expired when this job began: then a reclaim may have come before it. Later no reclaim runs.
+        let was_expired = point.deleted.as_ref().is_some_and(|(since, _)| {
+            let period = self.shared.pool.settings().soft_delete.saturating_mul(Timestamp::SECOND);
+            self.shared.began.saturating_sub(*since) >= period && *since <= self.shared.began
+        });
+        if was_expired || point.domain != self.shared.keys.domain {
+            let reason = if was_expired { "is expired" } else { "is in another key domain" };
+            return Err(PoolError::Misuse(format!("a point cannot be made from {base}, which {reason}")));
+        }
+        Ok(())
+    }
+
+    /// Refuses maps of which the pool knows that a part cannot be had (INV-3). What no damage is known of was proved
+    /// when it was stored or shared.
+    fn prove_disks(&self, disks: &[NewDisk]) -> Result<(), PoolError> {
+        for disk in disks {
+            let blocks = disk.size.div_ceil(BLOCK_BYTES);
+            if disk.map.levels != levels(blocks) || !matches!(disk.sector, 512 | 4096) {
+                return Err(PoolError::Misuse(format!(
+                    "disk {} of {} bytes, sectors of {}, with a map of {} levels",
+                    disk.index, disk.size, disk.sector, disk.map.levels
+                )));
+            }
+            let lost = |blocks: std::ops::Range<u64>, chunk: String| PoolError::ChunkLost {
+                chunk,
+                reason: format!("disk {} of the new point needs it for blocks {blocks:?}", disk.index),
+            };
+            if let Some(root) = disk.map.root
+                && !self.is_usable(&root)?
+            {
+                return Err(lost(0..blocks, root.to_string()));
+            }
+            let found = self.shared.pool.lost_blocks(self.shared.keys.domain, disk.map)?;
+            if let Some(first) = found.into_iter().next() {
+                return Err(lost(first, "of a damaged pack".to_owned()));
+            }
+        }
+        Ok(())
     }
 }

@@ -201,6 +201,11 @@ impl<S: NodeSource> MapEditor<S> {
         })
     }
 
+    /// Blocks that a map of this height can name.
+    pub fn reach(&self) -> u64 {
+        reach(self.levels)
+    }
+
     /// The map as it was.
     pub fn base(&self) -> &MapReader<S> {
         &self.base

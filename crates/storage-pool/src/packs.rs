@@ -14,6 +14,7 @@ use crate::format::pack::{
 use crate::format::{FormatError, short_hash};
 use crate::frame;
 use crate::keys::{DomainKeys, Keys, SealKey, frame_nonce, table_nonce};
+use crate::sequence::{self, Unpublished};
 
 /// A pack is finished when it has grown to this: large enough that its sync costs little, small enough that a cut
 /// loses little and a rewrite moves little.
@@ -101,6 +102,10 @@ impl PackWriter {
             return Err(PoolError::Misuse(format!("a frame of {} chunks, {decoded} bytes", ids.len())));
         }
         let offset = self.length;
+        // Locations are 32 bits.
+        if offset > u64::from(u32::MAX) || encoded.len() > pack::MAX_STORED as usize - crate::keys::TAG {
+            return Err(PoolError::Misuse(format!("a frame of {} bytes at byte {offset}", encoded.len())));
+        }
         let mut header = FrameHeader {
             stored: (encoded.len() + crate::keys::TAG) as u32,
             codec,
@@ -136,7 +141,13 @@ impl PackWriter {
     }
 
     /// Writes table and trailer and makes the pack durable.
-    pub fn finish(mut self) -> Result<FinishedPack, PoolError> {
+    pub(crate) fn finish(mut self) -> Result<FinishedPack, Unpublished> {
+        self.end().map_err(Unpublished::Failed)?;
+        sequence::publish_file(&*self.files, &pack::name(self.header.pack), self.file)?;
+        Ok(FinishedPack { header: self.header, length: self.length, table: self.table })
+    }
+
+    fn end(&mut self) -> Result<(), PoolError> {
         let table_offset = self.length;
         let mut table = pack::encode_table(&self.table);
         self.key.seal(table_nonce(table_offset), &self.raw_header, &mut table)?;
@@ -147,10 +158,7 @@ impl PackWriter {
             frames: self.frames,
         };
         self.append(&table)?;
-        self.append(&trailer.encode(&self.raw_header, &table))?;
-        let path = self.files.display(&pack::name(self.header.pack));
-        self.file.publish().map_err(|source| PoolError::io(path, "make durable", source))?;
-        Ok(FinishedPack { header: self.header, length: self.length, table: self.table })
+        self.append(&trailer.encode(&self.raw_header, &table))
     }
 }
 
@@ -316,18 +324,9 @@ impl PackReader {
         Ok(decoded)
     }
 
-    /// Whether the stored bytes of the frame at `location` fit their short hash: proof without decoding.
-    pub fn is_sound(&self, location: Location, domain: DomainId) -> Result<bool, PoolError> {
-        let pack = self.open(location.pack, domain)?;
-        let at = u64::from(location.frame());
-        let mut raw = [0u8; FRAME_HEADER];
-        if pack.file.read_exact_at(at, &mut raw).is_err() {
-            return Ok(false);
-        }
-        let Ok(header) = FrameHeader::decode(&raw, at) else { return Ok(false) };
-        let mut bytes = vec![0u8; header.stored as usize];
-        Ok(pack.file.read_exact_at(at + FRAME_HEADER as u64, &mut bytes).is_ok()
-            && short_hash(&[&bytes]) == header.hash)
+    /// Whether the frame at `location` is there and fits its seal, which covers its header too: proof without decoding.
+    pub fn is_sound(&self, location: Location, domain: DomainId) -> bool {
+        self.encoded(location, domain).is_ok()
     }
 
     /// Forgets what is open and decoded of a pack that goes away.

@@ -17,8 +17,8 @@ use crate::index::Index;
 use crate::keys::{DomainKeys, Keys, Secret, wrap_key};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
-use crate::packs::{self, PackReader};
-use crate::sequence::{self, Appender};
+use crate::packs::{self, FinishedPack, PackReader, PackWriter};
+use crate::sequence::{self, Appender, Tip, Unpublished};
 use crate::state::{Point, State};
 
 /// Settings fixed at creation.
@@ -93,15 +93,7 @@ impl World {
     }
 
     fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
-        let write = || -> io::Result<()> {
-            let mut file = self.files.create(name)?;
-            file.append(bytes)?;
-            file.publish()
-        };
-        write().map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => PoolError::Exists { path: self.path(name) },
-            _ => PoolError::io(self.path(name), "write", source),
-        })
+        sequence::publish(&*self.files, name, bytes).map_err(|failed| failed.into_error(self.path(name)))
     }
 }
 
@@ -136,6 +128,8 @@ struct Activity {
 
 struct Writer {
     appender: Appender,
+    /// Why nothing may be written any more: what this process believes and what storage holds may differ.
+    broken: Option<String>,
     _lock: Box<dyn Lock>,
 }
 
@@ -189,7 +183,8 @@ impl Pool {
         let io = |name: &str, action, source| PoolError::io(world.path(name), action, source);
         for folder in ["", "sequence", "packs", "index", "keys"] {
             match world.files.list(folder) {
-                Ok(entries) if folder != "" && !entries.is_empty() => {
+                // Keys without anything else are what a creation left behind that was cut off.
+                Ok(entries) if !matches!(folder, "" | "keys") && !entries.is_empty() => {
                     return Err(PoolError::Exists { path: world.path(folder) });
                 }
                 Ok(entries) if entries.iter().any(|entry| entry.name == HEADER_NAME) => {
@@ -269,10 +264,44 @@ impl Pool {
                 Some(lock.ok_or(PoolError::Busy { path })?)
             }
         };
-        // The state first, then the index: a reader beside a writer must find every chunk that a point names.
-        let state = sequence::load(&*world.files, &keys)?;
-        let permitted = state.permitted.clone();
-        let index = Index::open(world.files.clone(), &keys, &|pack| permitted.contains_key(&pack))?;
+        let io = |name: &str, action, source| PoolError::io(world.path(name), action, source);
+        if lock.is_some() {
+            // A process that was killed may have published names and not made them durable; nothing may be built upon
+            // a record or a run that a power cut could still take away.
+            for folder in ["sequence", "index"] {
+                world.files.sync_folder(folder).map_err(|source| io(folder, "sync", source))?;
+            }
+        }
+        // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
+        // writer went on between the two, the state is read again.
+        let mut state = sequence::load(&*world.files, &keys)?;
+        let mut attempts = 0;
+        let index = loop {
+            let index = Index::open(world.files.clone(), &keys, &|pack| state.permitted.contains_key(&pack))?;
+            if index.damage().is_empty() && index.witnessed() <= state.head || attempts == 3 {
+                break index;
+            }
+            attempts += 1;
+            let again = sequence::load(&*world.files, &keys)?;
+            if again.head == state.head {
+                break index;
+            }
+            state = again;
+        };
+        state.expect_head(index.witnessed(), |number| world.path(&crate::format::record::name(number)));
+        if lock.is_some() {
+            if let Some((record, needs)) =
+                state.unreadable.iter().find_map(|record| Some((record, record.needs?)))
+            {
+                let reads = crate::format::VERSION;
+                return Err(PoolError::TooNew { path: record.path.clone(), needs, reads });
+            }
+            let folders: std::collections::BTreeSet<String> =
+                index.loose_packs().iter().map(|pack| crate::format::pack::folder(*pack)).collect();
+            for folder in folders {
+                world.files.sync_folder(&folder).map_err(|source| io(&folder, "sync", source))?;
+            }
+        }
         notes.extend(index.damage().iter().cloned());
         notes.extend(state.unreadable.iter().map(|record| Damage::File {
             path: record.path.clone(),
@@ -283,7 +312,8 @@ impl Pool {
         let reader = PackReader::new(world.files.clone(), keys.clone());
         let appender =
             |world: &World| Appender::new(world.files.clone(), keys.clone(), world.randomness.clone());
-        let writer = lock.map(|lock| Mutex::new(Writer { appender: appender(&world), _lock: lock }));
+        let writer =
+            lock.map(|lock| Mutex::new(Writer { appender: appender(&world), broken: None, _lock: lock }));
         let pool = Pool {
             keys,
             settings: header.settings,
@@ -306,8 +336,12 @@ impl Pool {
             if pool.state().server != server {
                 pool.append(Kind::Takeover, &payload::Takeover { server: server.to_vec(), name })?;
             }
-            // Chunks of a job that was killed, and of runs that were damaged, get an index again.
-            pool.index_mut().flush()?;
+            // Chunks of a job that was killed, and of runs that were damaged, get an index again. A full disk does not
+            // keep a pool from being opened: they are in memory.
+            match pool.flush_index() {
+                Ok(()) | Err(PoolError::Full { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(pool)
     }
@@ -357,13 +391,102 @@ impl Pool {
 
     /// Appends a record; see [`Appender::append`].
     pub(crate) fn append(&self, kind: Kind, payload: &impl Message) -> Result<u64, PoolError> {
+        self.append_if(kind, |_| Ok(Some(payload))).map(Option::unwrap_or_default)
+    }
+
+    /// Appends the record that `decide` makes of the state, if any, with nothing between its look and the record.
+    pub(crate) fn append_if<M: std::ops::Deref<Target: Message + Sized>>(
+        &self,
+        kind: Kind,
+        decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
+    ) -> Result<Option<u64>, PoolError> {
+        let mut writer = self.writer()?;
+        let (record, tip) = {
+            let state = self.state();
+            let Some(record) = decide(&state)? else { return Ok(None) };
+            (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch })
+        };
+        let time = self.world.clock.now_micros();
+        let appended = writer.appender.append(tip, time, kind, &*record).map_err(|failed| {
+            if failed.is_doubtful {
+                writer.broken.get_or_insert(failed.error.to_string());
+            }
+            failed.error
+        })?;
+        let number = appended.tip.head;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        (state.head, state.head_hash) = (number, appended.tip.hash);
+        state.apply(number, appended.tip.epoch, time, kind as u16, &appended.payload).map_err(|reason| {
+            writer.broken.get_or_insert(reason.clone());
+            PoolError::Misuse(format!("{}: {reason}", self.world.path(&crate::format::record::name(number))))
+        })?;
+        Ok(Some(number))
+    }
+
+    /// The right to write, if there is still nothing in doubt.
+    fn writer(&self) -> Result<MutexGuard<'_, Writer>, PoolError> {
         let writer =
             self.writer.as_ref().ok_or(PoolError::ReadOnly)?.lock().unwrap_or_else(PoisonError::into_inner);
-        // Work on a copy: readers never see a state whose record failed half-way.
-        let mut state = self.state().clone();
-        let number = writer.appender.append(&mut state, self.world.clock.now_micros(), kind, payload)?;
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
-        Ok(number)
+        match &writer.broken {
+            None => Ok(writer),
+            Some(reason) => Err(PoolError::Io {
+                path: self.path(),
+                action: "write",
+                source: io::Error::other(format!(
+                    "an earlier write may or may not have happened ({reason}); open the storage pool again"
+                )),
+            }),
+        }
+    }
+
+    fn break_writer(&self, error: &PoolError) {
+        if let Some(writer) = &self.writer {
+            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.broken.get_or_insert(error.to_string());
+        }
+    }
+
+    /// Makes a pack durable. If its name may not last, that is recorded, as far as storage lets us, and nothing more
+    /// is written (INV-5).
+    pub(crate) fn finish_pack(&self, pack: PackWriter) -> Result<FinishedPack, PoolError> {
+        let id = pack.id();
+        let failed = match pack.finish() {
+            Ok(finished) => return Ok(finished),
+            Err(failed) => failed,
+        };
+        if let Unpublished::Doubtful(error) = &failed {
+            // A failed sync of a folder may have lost every name in it that was not durable yet.
+            let mut doubtful: Vec<PackId> =
+                self.index().loose_packs().iter().copied().filter(|pack| pack.0[0] == id.0[0]).collect();
+            doubtful.push(id);
+            let record = payload::Damage {
+                pack: doubtful.iter().flat_map(|pack| pack.0).collect(),
+                frames: Vec::new(),
+                reason: format!("its name may not last over a power cut: {error}"),
+            };
+            // Where this fails too, the writer is broken all the same.
+            let _ = self.append(Kind::Damage, &record);
+            self.break_writer(error);
+        }
+        Err(failed.into_error(self.world.path(&crate::format::pack::name(id))))
+    }
+
+    /// Makes what is in no run durable in one.
+    pub(crate) fn flush_index(&self) -> Result<(), PoolError> {
+        self.write_run(|index, head| index.flush(head))
+    }
+
+    /// Writes a run; if its name may not last, nothing more is written.
+    pub(crate) fn write_run(
+        &self,
+        write: impl FnOnce(&mut Index, u64) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        let head = self.state().head;
+        let result = write(&mut self.index_mut(), head);
+        if let Err(error @ PoolError::Io { action: sequence::NAMING, .. }) = &result {
+            self.break_writer(error);
+        }
+        result
     }
 
     /// A fresh random id.
@@ -441,36 +564,47 @@ impl Pool {
 
     /// Soft-deletes a point. The floor is the caller's policy *and* the pool's: a point that the floor keeps is refused.
     pub fn delete_point(&self, id: RecoveryPointId, reason: &str) -> Result<(), PoolError> {
-        if let Some(why) = self.floor_keeps(id)? {
-            return Err(PoolError::Kept { point: id, reason: why });
-        }
-        let point = self.point(id)?;
-        if point.deleted.is_some() {
-            return Ok(());
-        }
-        self.append(Kind::Tombstone, &payload::PointMark { point: id.0.to_vec(), reason: reason.to_owned() })
-            .map(drop)
+        let record = payload::PointMark { point: id.0.to_vec(), reason: reason.to_owned() };
+        self.append_if(Kind::Tombstone, |state| {
+            let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
+            if point.deleted.is_some() {
+                return Ok(None);
+            }
+            match self.floor_keeps_in(state, point) {
+                Some(reason) => Err(PoolError::Kept { point: id, reason }),
+                None => Ok(Some(&record)),
+            }
+        })
+        .map(drop)
     }
 
     /// Takes a soft deletion back, as long as the point is not expired.
     pub fn undelete_point(&self, id: RecoveryPointId) -> Result<(), PoolError> {
-        let point = self.point(id)?;
-        if point.deleted.is_none() {
-            return Ok(());
-        }
-        if self.state().is_expired(&point, self.settings.soft_delete) {
-            return Err(PoolError::Misuse(format!(
-                "recovery point {id} is expired: its soft-delete period is over and its space may be gone"
-            )));
-        }
-        self.append(Kind::Undelete, &payload::PointMark { point: id.0.to_vec(), reason: String::new() })
-            .map(drop)
+        let record = payload::PointMark { point: id.0.to_vec(), reason: String::new() };
+        // A reclaim decides by the same state, so the look and the record must be one step.
+        self.append_if(Kind::Undelete, |state| {
+            let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
+            if point.deleted.is_none() {
+                return Ok(None);
+            }
+            if state.is_expired(point, self.settings.soft_delete) {
+                return Err(PoolError::Misuse(format!(
+                    "recovery point {id} is expired: its soft-delete period is over and its space may be gone"
+                )));
+            }
+            Ok(Some(&record))
+        })
+        .map(drop)
     }
 
     /// Why the floor keeps a point, if it does (INV-13): it is one of the machine's newest good points, or too young.
     pub fn floor_keeps(&self, id: RecoveryPointId) -> Result<Option<String>, PoolError> {
-        let point = self.point(id)?;
         let state = self.state();
+        let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
+        Ok(self.floor_keeps_in(&state, point))
+    }
+
+    fn floor_keeps_in(&self, state: &State, point: &Point) -> Option<String> {
         let good = |point: &&Point| point.deleted.is_none() && point.suspect.is_none() && !point.incomplete;
         let newest = state
             .in_order()
@@ -478,21 +612,16 @@ impl Pool {
             .filter(|other| other.datasource == point.datasource)
             .filter(good)
             .take(self.settings.floor_points as usize)
-            .any(|other| other.id == id);
+            .any(|other| other.id == point.id);
         if newest {
-            return Ok(Some(format!(
+            return Some(format!(
                 "it is one of the last {} good points of {}",
                 self.settings.floor_points, point.machine
-            )));
+            ));
         }
         let age = self.world.clock.now_micros().saturating_sub(point.captured.0) / Timestamp::SECOND;
-        if age < self.settings.floor_age {
-            return Ok(Some(format!(
-                "it is {age} s old, points younger than {} s are kept",
-                self.settings.floor_age
-            )));
-        }
-        Ok(None)
+        (age < self.settings.floor_age)
+            .then(|| format!("it is {age} s old, points younger than {} s are kept", self.settings.floor_age))
     }
 
     /// Exact bytes of a record, for a copy elsewhere.
@@ -510,8 +639,12 @@ impl Pool {
             return Ok(false);
         }
         self.append(Kind::Restored, &payload::Restored { number, bytes: bytes.to_vec() })?;
-        // What the record says takes effect at its own place in the order: read everything again.
-        let state = sequence::load(&*self.world.files, &self.keys)?;
+        // What the record says takes effect at its own place in the order: read everything again, with no other record
+        // between.
+        let _writer = self.writer()?;
+        let mut state = sequence::load(&*self.world.files, &self.keys)?;
+        let head = self.state().head;
+        state.expect_head(head, |number| self.world.path(&crate::format::record::name(number)));
         *self.state.write().unwrap_or_else(PoisonError::into_inner) = state;
         Ok(true)
     }
@@ -521,17 +654,29 @@ impl Pool {
         domains.entry(domain).or_insert_with(|| Arc::new(self.keys.domain(domain))).clone()
     }
 
-    /// Every place of a chunk; a damaged run is given up and read anew from the packs.
+    /// Every place of a chunk; a run that cannot be read is given up and read anew from the packs.
     pub(crate) fn find(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
         loop {
             let found = self.index().find(id);
             match found {
-                Err(PoolError::Damaged { path, offset, reason }) => {
-                    if !self.index_mut().discard(&path, &self.keys)? {
-                        return Err(PoolError::Damaged { path, offset, reason });
-                    }
-                }
-                other => return other,
+                Err(error) => self.index_mut().heal(error)?,
+                found => return found,
+            }
+        }
+    }
+
+    /// Every chunk in every place, after [`Pool::find`]'s manner. `begin` is called before each attempt.
+    pub(crate) fn for_each_chunk<T>(
+        &self,
+        begin: impl Fn() -> T,
+        mut each: impl FnMut(&mut T, ChunkId, Location),
+    ) -> Result<T, PoolError> {
+        loop {
+            let mut found = begin();
+            let read = self.index().for_each(|id, place| each(&mut found, id, place));
+            match read {
+                Err(error) => self.index_mut().heal(error)?,
+                Ok(()) => return Ok(found),
             }
         }
     }
@@ -680,6 +825,13 @@ pub struct PoolNodes {
     pub(crate) keys: Arc<DomainKeys>,
 }
 
+impl PoolNodes {
+    /// Nodes of `domain`.
+    pub fn new(pool: &Arc<Pool>, domain: DomainId) -> PoolNodes {
+        PoolNodes { pool: pool.clone(), keys: pool.domain_keys(domain) }
+    }
+}
+
 impl NodeSource for PoolNodes {
     fn node(&self, id: &ChunkId) -> Result<Vec<u8>, PoolError> {
         let mut bytes = Vec::new();
@@ -791,6 +943,11 @@ pub(crate) fn unwrap_root(
 }
 
 impl Pool {
+    /// Whether a recipient's secret opens this pool.
+    pub fn prove(&self, recipient: &Recipient) -> Result<(), PoolError> {
+        unwrap_root(&self.world, recipient).map(drop)
+    }
+
     /// Adds a recipient: a further recovery kit. `keep_kit` as in [`Pool::create`].
     pub fn add_kit(
         &self,

@@ -1,6 +1,6 @@
 //! Reclaim: freeing what no point needs, in the one allowed order (section 9.2).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use environment::Removal;
@@ -12,6 +12,7 @@ use crate::format::pack::{self, PackKind};
 use crate::format::payload::{self, Kind};
 use crate::format::run;
 use crate::frame;
+use crate::index::PackInfo;
 use crate::keys::Keys;
 use crate::map::{MapReader, MapRoot};
 use crate::packs::{self, PackWriter};
@@ -20,6 +21,9 @@ use crate::sequence;
 
 /// A pack with less than this share of its stored bytes in use is rewritten, in percent.
 pub const REWRITE_BELOW_PERCENT: u64 = 60;
+
+/// Most packs that one record names: 16 MB.
+const PACKS_A_RECORD: usize = 1 << 20;
 
 /// What a reclaim may do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -130,33 +134,34 @@ impl Pool {
 
         // What each pack holds that is in use. A chunk with several copies is in use in the first healthy one only.
         let state = self.state().clone();
-        let mut used: BTreeMap<PackId, Vec<(ChunkId, Location)>> = self
+        let mut used: BTreeMap<PackId, Vec<(ChunkId, Location)>> =
+            self.index().packs().keys().map(|id| (*id, Vec::new())).collect();
+        let lengths: BTreeMap<PackId, PackInfo> = self
             .index()
             .packs()
             .iter()
-            .filter(|(_, info)| info.present)
-            .map(|(id, _)| (*id, Vec::new()))
+            // A missing pack frees nothing, but goes through the same steps: then nothing asks for it any more.
+            .map(|(id, info)| (*id, PackInfo { length: if info.present { info.length } else { 0 }, ..*info }))
             .collect();
-        let lengths: BTreeMap<PackId, crate::index::PackInfo> =
-            self.index().packs().iter().map(|(id, info)| (*id, *info)).collect();
-        report.pool_bytes = lengths.values().filter(|info| info.present).map(|info| info.length).sum();
-        let mut homes: BTreeMap<ChunkId, Location> = BTreeMap::new();
-        let mut doubtful: Vec<(ChunkId, Location)> = Vec::new();
-        self.index().for_each(|id, place| {
-            if !marks.chunks.contains(&id) || !used.contains_key(&place.pack) {
-                return;
-            }
-            let is_damaged = state
-                .damaged
-                .get(&place.pack)
-                .is_some_and(|frames| frames.is_empty() || frames.contains(&place.frame()));
-            if is_damaged {
-                doubtful.push((id, place));
-                return;
-            }
-            let rank = |place: &Location| (state.quarantined.contains_key(&place.pack), *place);
-            homes.entry(id).and_modify(|home| *home = (*home).min_by(place, rank)).or_insert(place);
-        })?;
+        report.pool_bytes = lengths.values().map(|info| info.length).sum();
+        type Homes = (BTreeMap<ChunkId, Location>, Vec<(ChunkId, Location)>);
+        let (homes, doubtful): Homes =
+            self.for_each_chunk(Homes::default, |(homes, doubtful), id, place| {
+                let Some(info) = lengths.get(&place.pack).filter(|_| marks.chunks.contains(&id)) else {
+                    return;
+                };
+                let is_damaged = !info.present
+                    || state
+                        .damaged
+                        .get(&place.pack)
+                        .is_some_and(|frames| frames.is_empty() || frames.contains(&place.frame()));
+                if is_damaged {
+                    doubtful.push((id, place));
+                    return;
+                }
+                let rank = |place: &Location| (state.quarantined.contains_key(&place.pack), *place);
+                homes.entry(id).and_modify(|home| *home = (*home).min_by(place, rank)).or_insert(place);
+            })?;
         for (id, place) in &homes {
             used.entry(place.pack).or_default().push((*id, *place));
         }
@@ -179,13 +184,16 @@ impl Pool {
                 empty.push(*id);
                 continue;
             }
-            if state.damaged.contains_key(id) {
+            if state.damaged.contains_key(id) || !info.present {
                 continue;
             }
             let live = self.live_share(*id, chunks)?;
             if live * 100 < REWRITE_BELOW_PERCENT * info.length {
                 sparse.push(*id);
             }
+        }
+        if !options.dry_run {
+            sparse = self.sound_only(sparse, &used, &lengths)?;
         }
         let freed: u64 =
             empty.iter().chain(&sparse).filter_map(|id| lengths.get(id)).map(|info| info.length).sum();
@@ -199,15 +207,15 @@ impl Pool {
         }
         if !sparse.is_empty() {
             let moving: Vec<(ChunkId, Location)> =
-                sparse.iter().flat_map(|id| used[id].iter().copied()).collect();
+                sparse.iter().filter_map(|id| used.get(id)).flatten().copied().collect();
             report.rewritten_bytes = self.copy_out(&moving, &lengths)?;
         }
         let mut quarantine = empty;
         quarantine.extend(sparse);
         quarantine.sort_unstable();
-        if !quarantine.is_empty() {
+        for part in quarantine.chunks(PACKS_A_RECORD) {
             let record = payload::Packs {
-                packs: quarantine.iter().flat_map(|id| id.0).collect(),
+                packs: part.iter().flat_map(|id| id.0).collect(),
                 bytes: freed,
                 rewritten: report.rewritten_bytes,
             };
@@ -216,6 +224,37 @@ impl Pool {
         }
         self.permit(options, service, &mut report)?;
         Ok(report)
+    }
+
+    /// Of these packs, those of which everything that is used can be read. Damage of the others is recorded: they stay,
+    /// for whatever can still be made of them.
+    fn sound_only(
+        &self,
+        packs: Vec<PackId>,
+        used: &BTreeMap<PackId, Vec<(ChunkId, Location)>>,
+        about: &BTreeMap<PackId, PackInfo>,
+    ) -> Result<Vec<PackId>, PoolError> {
+        let mut sound = Vec::new();
+        for id in packs {
+            let (Some(chunks), Some(info)) = (used.get(&id), about.get(&id)) else { continue };
+            let frames: BTreeSet<u32> = chunks.iter().map(|(_, place)| place.frame()).collect();
+            let damaged: Vec<u32> = frames
+                .into_iter()
+                .filter(|&at| !self.reader.is_sound(Location { pack: id, at }, info.domain))
+                .collect();
+            if damaged.is_empty() {
+                sound.push(id);
+                continue;
+            }
+            let record = payload::Damage {
+                pack: id.0.to_vec(),
+                frames: damaged,
+                reason: "it could not be read or did not fit its seal when a reclaim wanted to copy it"
+                    .to_owned(),
+            };
+            self.append(Kind::Damage, &record)?;
+        }
+        Ok(sound)
     }
 
     /// Stored bytes of the frames of a pack that hold used chunks.
@@ -252,7 +291,7 @@ impl Pool {
     fn copy_out(
         self: &Arc<Self>,
         moving: &[(ChunkId, Location)],
-        packs: &BTreeMap<PackId, crate::index::PackInfo>,
+        packs: &BTreeMap<PackId, PackInfo>,
     ) -> Result<u64, PoolError> {
         let mut by_target: BTreeMap<(model::DomainId, u16), Vec<(ChunkId, Location)>> = BTreeMap::new();
         for (id, place) in moving {
@@ -299,19 +338,19 @@ impl Pool {
                     if open.length() >= packs::PACK_BYTES
                         && let Some(full) = writer.take()
                     {
-                        let finished = full.finish()?;
+                        let finished = self.finish_pack(full)?;
                         written += finished.length;
                         self.index_mut().add_loose(&finished);
                     }
                 }
             }
             if let Some(last) = writer {
-                let finished = last.finish()?;
+                let finished = self.finish_pack(last)?;
                 written += finished.length;
                 self.index_mut().add_loose(&finished);
             }
         }
-        self.index_mut().flush()?;
+        self.flush_index()?;
         Ok(written)
     }
 
@@ -324,42 +363,49 @@ impl Pool {
     ) -> Result<(), PoolError> {
         let hold = options.hold.unwrap_or(0).max(self.settings().reclaim_hold) * Timestamp::SECOND;
         let state = self.state().clone();
-        let lengths: BTreeMap<PackId, u64> = self
-            .index()
-            .packs()
-            .iter()
-            .filter(|(_, info)| info.present)
-            .map(|(id, info)| (*id, info.length))
-            .collect();
+        let about: BTreeMap<PackId, PackInfo> =
+            self.index().packs().iter().map(|(id, info)| (*id, *info)).collect();
+        let length = |id: &PackId| about.get(id).filter(|info| info.present).map_or(0, |info| info.length);
         let mut due = Vec::new();
         for (id, quarantined) in &state.quarantined {
             let waited = state.pool_time.saturating_sub(quarantined.since);
             if waited >= hold {
                 due.push(*id);
             } else {
-                report.held_bytes += lengths.get(id).copied().unwrap_or(0);
+                report.held_bytes += length(id);
                 let left = (hold - waited).div_ceil(Timestamp::SECOND);
                 report.held_for = if report.held_for == 0 { left } else { report.held_for.min(left) };
             }
         }
         if !due.is_empty() {
-            // The re-check: a chunk in use that has no other healthy home keeps its pack.
+            // The re-check: a chunk in use that has no other copy, read and proved now, keeps its pack. So a copy that
+            // rotted unseen never costs the one that is right.
             let marks = self.mark()?;
             let is_due: HashSet<PackId> = due.iter().copied().collect();
-            let mut elsewhere: HashSet<ChunkId> = HashSet::new();
-            let mut inside: Vec<(ChunkId, PackId)> = Vec::new();
-            self.index().for_each(|id, place| {
-                if !marks.chunks.contains(&id) {
-                    return;
-                }
-                if is_due.contains(&place.pack) {
+            let inside = self.for_each_chunk(Vec::new, |inside, id, place| {
+                if marks.chunks.contains(&id) && is_due.contains(&place.pack) {
                     inside.push((id, place.pack));
-                } else if lengths.contains_key(&place.pack) && state.is_healthy(place.pack, place.frame()) {
-                    elsewhere.insert(id);
                 }
             })?;
-            let needed: HashSet<PackId> =
-                inside.into_iter().filter(|(id, _)| !elsewhere.contains(id)).map(|(_, pack)| pack).collect();
+            let mut proved: HashMap<(PackId, u32), bool> = HashMap::new();
+            let mut needed: HashSet<PackId> = HashSet::new();
+            for (id, pack) in inside {
+                if needed.contains(&pack) || !about.get(&pack).is_some_and(|info| info.present) {
+                    continue;
+                }
+                let has_other = self.find(&id)?.into_iter().any(|place| {
+                    !is_due.contains(&place.pack)
+                        && state.is_healthy(place.pack, place.frame())
+                        && about.get(&place.pack).is_some_and(|info| {
+                            *proved
+                                .entry((place.pack, place.frame()))
+                                .or_insert_with(|| self.reader.is_sound(place, info.domain))
+                        })
+                });
+                if !has_other {
+                    needed.insert(pack);
+                }
+            }
             let released: Vec<PackId> = due.iter().copied().filter(|id| needed.contains(id)).collect();
             due.retain(|id| !needed.contains(id));
             if !released.is_empty() {
@@ -372,15 +418,17 @@ impl Pool {
                 self.append(Kind::Release, &record)?;
             }
         }
-        if due.is_empty() {
-            return Ok(());
+        for part in due.chunks(PACKS_A_RECORD) {
+            let bytes = part.iter().map(length).sum();
+            let record =
+                payload::Packs { packs: part.iter().flat_map(|id| id.0).collect(), bytes, rewritten: 0 };
+            let number = self.append(Kind::Permit, &record)?;
+            report.freed_bytes += bytes;
+            report.freed_packs += part.len() as u64;
+            self.index_mut().set_leftover(part, true);
+            self.after_permit(number, part, service)?;
         }
-        let bytes = due.iter().filter_map(|id| lengths.get(id)).sum();
-        let record = payload::Packs { packs: due.iter().flat_map(|id| id.0).collect(), bytes, rewritten: 0 };
-        let number = self.append(Kind::Permit, &record)?;
-        report.freed_bytes = bytes;
-        report.freed_packs = due.len() as u64;
-        self.after_permit(number, &due, service)
+        Ok(())
     }
 
     fn after_permit(
@@ -391,10 +439,14 @@ impl Pool {
     ) -> Result<(), PoolError> {
         let is_gone: HashSet<PackId> = gone.iter().copied().collect();
         // New run first, so that no moment has an index without a chunk that is there; the old ones last.
-        self.index_mut().rewrite(&|pack| !is_gone.contains(&pack))?;
+        self.write_run(|index, head| index.rewrite(head, &|pack| !is_gone.contains(&pack)))?;
         gone.iter().for_each(|pack| self.forget_pack(*pack));
         let superseded = self.index().superseded();
-        service.carry_out(Some(permit), &superseded)
+        service.carry_out(Some(permit), &superseded)?;
+        let mut index = self.index_mut();
+        index.set_leftover(gone, false);
+        index.forget_superseded(&superseded);
+        Ok(())
     }
 
     /// Carries out permits that a crash interrupted.
@@ -408,8 +460,8 @@ impl Pool {
         }
         let state = self.state().clone();
         let mut open: BTreeMap<u64, Vec<PackId>> = BTreeMap::new();
-        for (pack, permit) in &state.permitted {
-            if self.world.files.open(&pack::name(*pack)).is_ok() {
+        for pack in self.index().leftovers() {
+            if let Some(permit) = state.permitted.get(pack) {
                 open.entry(*permit).or_default().push(*pack);
             }
         }
@@ -417,7 +469,12 @@ impl Pool {
             self.after_permit(permit, &packs, service)?;
         }
         let superseded = self.index().superseded();
-        if superseded.is_empty() { Ok(()) } else { service.carry_out(None, &superseded) }
+        if superseded.is_empty() {
+            return Ok(());
+        }
+        service.carry_out(None, &superseded)?;
+        self.index_mut().forget_superseded(&superseded);
+        Ok(())
     }
 }
 
@@ -444,6 +501,9 @@ pub fn run_deletion_service(
     let (root, _) = crate::pool::unwrap_root(world, recipient)?;
     let keys = Keys::new(recipient.pool, root);
     let state = sequence::load(&*world.files, &keys)?;
+    if let Some(record) = state.unreadable.first() {
+        return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
+    }
     let io = |name: &str, source| PoolError::io(world.files.display(name), "remove", source);
     if let Some(permit) = permit {
         for (pack, number) in &state.permitted {
@@ -495,6 +555,8 @@ pub struct SpaceReport {
     pub sequence: u64,
     /// Free on the pool's file system.
     pub free: u64,
+    /// Size of the pool's file system.
+    pub total: u64,
 }
 
 impl Pool {
@@ -520,6 +582,8 @@ impl Pool {
         report.sequence = sum("sequence")?;
         report.free =
             self.world.files.free_bytes().map_err(|source| PoolError::io(self.path(), "measure", source))?;
+        report.total =
+            self.world.files.total_bytes().map_err(|source| PoolError::io(self.path(), "measure", source))?;
         Ok(report)
     }
 

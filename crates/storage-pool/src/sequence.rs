@@ -1,13 +1,14 @@
 //! Reading and extending the one sequence (section 5).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
-use environment::{Files, Randomness};
+use environment::{Files, NewFile, Randomness};
 use prost::Message;
 
 use crate::error::PoolError;
+use crate::format::FormatError;
 use crate::format::payload::{self, Kind};
 use crate::format::record::{self, RecordHeader};
 use crate::keys::Keys;
@@ -20,105 +21,145 @@ struct Opened {
     hash: [u8; 32],
 }
 
-fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, String> {
-    let describe = |error| match error {
-        crate::format::FormatError::TooNew(version) => format!("needs pool version {version}"),
-        crate::format::FormatError::Damaged { offset, reason } => format!("byte {offset}: {reason}"),
-    };
-    let (header, raw, sealed) = record::decode(bytes).map_err(describe)?;
+/// Why a record cannot be read, and the version it needs if that is why.
+struct Closed {
+    reason: String,
+    needs: Option<u16>,
+}
+
+impl From<String> for Closed {
+    fn from(reason: String) -> Closed {
+        Closed { reason, needs: None }
+    }
+}
+
+fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, Closed> {
+    let (header, raw, sealed) = record::decode(bytes).map_err(|error| match error {
+        FormatError::TooNew(version) => {
+            Closed { reason: format!("needs pool version {version}"), needs: Some(version) }
+        }
+        FormatError::Damaged { offset, reason } => Closed::from(format!("byte {offset}: {reason}")),
+    })?;
     if header.pool != keys.pool() {
-        return Err(format!("belongs to pool {}", header.pool));
+        return Err(format!("belongs to pool {}", header.pool).into());
     }
     if header.number != number {
-        return Err(format!("is record {} under the name of {number}", header.number));
+        return Err(format!("is record {} under the name of {number}", header.number).into());
     }
     let key = keys.record(&header.salt).map_err(|error| error.to_string())?;
     let mut payload = sealed.to_vec();
     let length = key
         .open([0; 12], &raw, &mut payload)
-        .ok_or("its seal does not fit: forged, or of another key")?
+        .ok_or_else(|| "its seal does not fit: forged, or of another key".to_owned())?
         .len();
     payload.truncate(length);
     Ok(Opened { header, payload, hash: *blake3::hash(bytes).as_bytes() })
 }
 
-/// Numbers of the records that are there, ascending.
-fn numbers(files: &dyn Files) -> Result<Vec<u64>, PoolError> {
+/// Numbers of the records that are there.
+fn numbers(files: &dyn Files) -> Result<BTreeSet<u64>, PoolError> {
     let entries =
         files.list("sequence").map_err(|source| PoolError::io(files.display("sequence"), "list", source))?;
-    let mut numbers: Vec<u64> = entries.iter().filter_map(|entry| record::number(&entry.name)).collect();
-    numbers.sort_unstable();
-    Ok(numbers)
+    Ok(entries.iter().filter_map(|entry| record::number(&entry.name)).collect())
 }
 
-/// Reads every record and what follows from them. Records that cannot be read are named in the state.
+/// Reads every record and what follows from them. Records that cannot be read are named in the state. One record is in
+/// memory at a time.
 pub fn load(files: &dyn Files, keys: &Keys) -> Result<State, PoolError> {
     let numbers = numbers(files)?;
-    let last = numbers.last().copied().unwrap_or(0);
-    let mut read: HashMap<u64, Result<Opened, String>> = HashMap::new();
-    let mut hashes: HashMap<u64, [u8; 32]> = HashMap::new();
-    for &number in &numbers {
-        let name = record::name(number);
-        let opened = match files.read(&name, record::MAX_BYTES) {
-            Ok(bytes) => {
-                hashes.insert(number, *blake3::hash(&bytes).as_bytes());
-                open_bytes(keys, number, &bytes)
+    // A later record may carry the exact bytes of one whose file is damaged: then everything is read again with it in
+    // its place.
+    let mut restored: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
+    loop {
+        let (state, copies) = fold(files, keys, &numbers, &restored);
+        let known = restored.len();
+        for (number, bytes) in copies {
+            let is_damaged = state.unreadable.iter().any(|record| record.number == number);
+            if is_damaged && !restored.contains_key(&number) && is_record(keys, number, &bytes) {
+                restored.insert(number, bytes);
             }
-            Err(error) => Err(error.to_string()),
-        };
-        read.insert(number, opened);
-    }
-
-    // A later record may carry the exact bytes of one whose file is damaged.
-    let restored: Vec<(u64, Vec<u8>)> = read
-        .values()
-        .filter_map(|opened| opened.as_ref().ok())
-        .filter(|opened| opened.header.kind == Kind::Restored as u16)
-        .filter_map(|opened| payload::Restored::decode(&opened.payload[..]).ok())
-        .map(|restored| (restored.number, restored.bytes))
-        .collect();
-    // The record after a restored one was written either before the damage, and names the true bytes, or after it,
-    // and names the damaged ones.
-    let mut true_hashes: HashMap<u64, [u8; 32]> = HashMap::new();
-    for (number, bytes) in restored {
-        let is_damaged = number <= last && read.get(&number).is_none_or(Result::is_err);
-        if is_damaged && let Ok(opened) = open_bytes(keys, number, &bytes) {
-            true_hashes.insert(number, opened.hash);
-            read.insert(number, Ok(opened));
+        }
+        if restored.len() == known {
+            return Ok(state);
         }
     }
+}
 
+fn fold(
+    files: &dyn Files,
+    keys: &Keys,
+    numbers: &BTreeSet<u64>,
+    restored: &BTreeMap<u64, Vec<u8>>,
+) -> (State, Vec<(u64, Vec<u8>)>) {
     let mut state = State::default();
-    for number in 1..=last {
-        let path = files.display(&record::name(number));
-        let unreadable = match read.get(&number) {
-            None => Some("is missing".to_owned()),
-            Some(Err(reason)) => Some(reason.clone()),
-            Some(Ok(opened)) => {
-                let header = &opened.header;
-                let before_is_good = number == 1 || matches!(read.get(&(number - 1)), Some(Ok(_)));
-                let follows = if number == 1 {
-                    header.previous == [0; 32]
+    let mut copies = Vec::new();
+    let path = |number| files.display(&record::name(number));
+    let mut head = 0u64;
+    // Hash of record `head`, if it could be read.
+    let mut before: Option<[u8; 32]> = None;
+    let mut strays = BTreeSet::new();
+    let all: BTreeSet<u64> =
+        numbers.iter().chain(restored.keys()).copied().filter(|&number| number > 0).collect();
+    for number in all {
+        let opened = match restored.get(&number) {
+            Some(bytes) => open_bytes(keys, number, bytes),
+            None => match files.read(&record::name(number), record::MAX_BYTES) {
+                Ok(bytes) => open_bytes(keys, number, &bytes),
+                Err(error) => Err(error.to_string().into()),
+            },
+        };
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(closed) => {
+                let Closed { reason, needs } = closed;
+                state.unreadable.push(Unreadable { number, path: path(number), reason, needs });
+                // A file far behind the end that is no record does not make the sequence longer.
+                if head.checked_add(1) == Some(number) {
+                    (head, before) = (number, None);
                 } else {
-                    [&hashes, &true_hashes].iter().any(|map| map.get(&(number - 1)) == Some(&header.previous))
-                };
-                let applied = state.apply(number, header.epoch, header.time, header.kind, &opened.payload);
-                if before_is_good && !follows {
-                    // Both are whole and authentic, so neither is dropped; that they do not follow each other means
-                    // that one was put back from another copy of the pool.
-                    Some("does not follow the record before it: one of the two was replaced".to_owned())
-                } else {
-                    applied.err()
+                    strays.insert(number);
                 }
+                continue;
             }
         };
-        if let Some(reason) = unreadable {
-            state.unreadable.push(Unreadable { number, path, reason });
+        for missing in (head + 1..number).filter(|missing| !strays.contains(missing)) {
+            let reason = "is missing".to_owned();
+            state.unreadable.push(Unreadable { number: missing, path: path(missing), reason, needs: None });
+            before = None;
         }
+        if head + 1 != number {
+            before = None;
+        }
+        let Opened { header, payload, hash } = opened;
+        let follows = match before {
+            _ if number == 1 => header.previous == record::UNKNOWN,
+            // The writer of this record could not read the one before, or we cannot.
+            Some(_) if header.previous == record::UNKNOWN => true,
+            Some(before) => header.previous == before,
+            None => true,
+        };
+        if header.kind == Kind::Restored as u16
+            && let Ok(copy) = payload::Restored::decode(&payload[..])
+        {
+            copies.push((copy.number, copy.bytes));
+        }
+        let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
+        let wrong = if follows {
+            applied.err()
+        } else {
+            // Both are whole and authentic, so neither is dropped; that they do not follow each other means that one
+            // was put back from another copy of the pool.
+            Some("does not follow the record before it: one of the two was replaced".to_owned())
+        };
+        if let Some(reason) = wrong {
+            state.unreadable.push(Unreadable { number, path: path(number), reason, needs: None });
+        }
+        (head, before) = (number, Some(hash));
     }
-    state.head = last;
-    state.head_hash = hashes.get(&last).copied().unwrap_or_default();
-    Ok(state)
+    state.unreadable.sort_by_key(|record| record.number);
+    state.head = head;
+    state.head_hash = before.unwrap_or(record::UNKNOWN);
+    (state, copies)
 }
 
 /// Appends records for one writer.
@@ -128,26 +169,60 @@ pub struct Appender {
     randomness: Arc<dyn Randomness>,
 }
 
+/// Where the sequence ends.
+#[derive(Debug, Clone, Copy)]
+pub struct Tip {
+    /// Number of the last record.
+    pub head: u64,
+    /// Hash of its file, or [`record::UNKNOWN`].
+    pub hash: [u8; 32],
+    /// Takeovers so far.
+    pub epoch: u64,
+}
+
+/// A record that is durable.
+pub struct Appended {
+    /// Where the sequence ends now.
+    pub tip: Tip,
+    /// Its payload.
+    pub payload: Vec<u8>,
+}
+
+/// A record that could not be appended.
+pub struct NotAppended {
+    /// Why.
+    pub error: PoolError,
+    /// Whether it may be there all the same, now or after a crash: nothing may be appended before the sequence was
+    /// read anew.
+    pub is_doubtful: bool,
+}
+
+impl From<PoolError> for NotAppended {
+    fn from(error: PoolError) -> NotAppended {
+        NotAppended { error, is_doubtful: false }
+    }
+}
+
 impl Appender {
     /// An appender to the pool in `files`.
     pub fn new(files: Arc<dyn Files>, keys: Keys, randomness: Arc<dyn Randomness>) -> Appender {
         Appender { files, keys, randomness }
     }
 
-    /// Makes the next record durable, reads it back and applies it to `state`. Returns its number.
-    ///
-    /// Only when this returns may anything be acknowledged (INV-2).
+    /// Makes the record after `tip` durable and reads it back. Only when this returns may anything be acknowledged
+    /// (INV-2).
     pub fn append(
         &self,
-        state: &mut State,
+        tip: Tip,
         time: u64,
         kind: Kind,
         payload: &impl Message,
-    ) -> Result<u64, PoolError> {
-        let number = state.head + 1;
+    ) -> Result<Appended, NotAppended> {
+        let number =
+            tip.head.checked_add(1).ok_or_else(|| PoolError::Misuse("the sequence is full".to_owned()))?;
         let name = record::name(number);
         let path = self.files.display(&name);
-        let epoch = state.epoch + u64::from(kind == Kind::Takeover);
+        let epoch = tip.epoch + u64::from(kind == Kind::Takeover);
         let plain = payload.encode_to_vec();
 
         let mut salt = [0u8; 16];
@@ -160,41 +235,87 @@ impl Appender {
             number,
             epoch,
             time,
-            previous: state.head_hash,
+            previous: tip.hash,
             salt,
         };
+        // What would be too long to be read must never be written: it would stand in the way for ever.
+        let most = if kind == Kind::Restored { record::MAX_BYTES } else { record::MAX_NEW_BYTES };
+        if (plain.len() + record::HEADER + crate::keys::TAG + 32) as u64 > most {
+            let reason = format!("{path}: a record of {} bytes, at most {most} are written", plain.len());
+            return Err(PoolError::Misuse(reason).into());
+        }
         let raw = header.encode(plain.len() + crate::keys::TAG);
         let mut sealed = plain.clone();
         self.keys.record(&salt)?.seal([0; 12], &raw, &mut sealed)?;
         let bytes = record::encode(&raw, &sealed);
+        let hash = *blake3::hash(&bytes).as_bytes();
 
-        let write = || -> io::Result<()> {
-            let mut file = self.files.create(&name)?;
-            file.append(&bytes)?;
-            file.publish()
-        };
-        write().map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => PoolError::Fenced { number },
-            _ => PoolError::io(path.clone(), "write", source),
+        publish(&*self.files, &name, &bytes).map_err(|failed| match failed {
+            Unpublished::Taken => NotAppended::from(PoolError::Fenced { number }),
+            Unpublished::Failed(error) => error.into(),
+            Unpublished::Doubtful(error) => NotAppended { error, is_doubtful: true },
         })?;
 
+        let doubtful = |error| NotAppended { error, is_doubtful: true };
         let back = self
             .files
             .read(&name, record::MAX_BYTES)
-            .map_err(|source| PoolError::io(path.clone(), "read back", source))?;
+            .map_err(|source| doubtful(PoolError::io(path.clone(), "read back", source)))?;
         if back != bytes {
-            return Err(PoolError::Damaged {
+            return Err(doubtful(PoolError::Damaged {
                 path,
                 offset: 0,
                 reason: "what was read back is not what was written".to_owned(),
-            });
+            }));
         }
-        state
-            .apply(number, epoch, time, kind as u16, &plain)
-            .map_err(|reason| PoolError::Misuse(format!("{path}: {reason}")))?;
-        state.head = number;
-        state.head_hash = *blake3::hash(&bytes).as_bytes();
-        Ok(number)
+        Ok(Appended { tip: Tip { head: number, hash, epoch }, payload: plain })
+    }
+}
+
+/// What failed when a file has its name and that may not last.
+pub(crate) const NAMING: &str = "make its name durable";
+
+/// Why a file was not published.
+pub(crate) enum Unpublished {
+    /// The name is taken.
+    Taken,
+    /// It has no name and never will.
+    Failed(PoolError),
+    /// It has its name, but that may not last over a crash, and neither may other names in that folder (INV-5).
+    Doubtful(PoolError),
+}
+
+impl Unpublished {
+    /// The error for a caller to whom a taken name is one like others.
+    pub(crate) fn into_error(self, path: String) -> PoolError {
+        match self {
+            Unpublished::Taken => PoolError::Exists { path },
+            Unpublished::Failed(error) | Unpublished::Doubtful(error) => error,
+        }
+    }
+}
+
+/// Makes a file of `bytes` durable.
+pub(crate) fn publish(files: &dyn Files, name: &str, bytes: &[u8]) -> Result<(), Unpublished> {
+    let failed = |source| Unpublished::Failed(PoolError::io(files.display(name), "write", source));
+    let mut file = files.create(name).map_err(failed)?;
+    file.append(bytes).map_err(failed)?;
+    publish_file(files, name, file)
+}
+
+/// Gives a written file its name, durably.
+pub(crate) fn publish_file(files: &dyn Files, name: &str, file: Box<dyn NewFile>) -> Result<(), Unpublished> {
+    let Err(source) = file.publish() else { return Ok(()) };
+    if source.kind() == io::ErrorKind::AlreadyExists {
+        return Err(Unpublished::Taken);
+    }
+    let path = files.display(name);
+    match files.open(name) {
+        // Its bytes could not be synced, or it could not be linked: it is gone with its handle.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(Unpublished::Failed(PoolError::io(path, "write", source)))
+        }
+        _ => Err(Unpublished::Doubtful(PoolError::Io { path, action: NAMING, source })),
     }
 }
 

@@ -93,6 +93,8 @@ pub struct Unreadable {
     pub path: String,
     /// Why.
     pub reason: String,
+    /// The version that it needs, if that is why.
+    pub needs: Option<u16>,
 }
 
 /// Everything the sequence says.
@@ -235,6 +237,23 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    /// Names the records up to `head` that should be there: something durable knows of record `head`.
+    pub(crate) fn expect_head(&mut self, head: u64, path: impl Fn(u64) -> String) {
+        if head <= self.head {
+            return;
+        }
+        for number in self.head + 1..=head {
+            // A file under that name which is no record is told of already.
+            if !self.unreadable.iter().any(|known| known.number == number) {
+                let reason = "is missing from the end of the sequence".to_owned();
+                self.unreadable.push(Unreadable { number, path: path(number), reason, needs: None });
+            }
+        }
+        self.unreadable.sort_by_key(|record| record.number);
+        self.head = head;
+        self.head_hash = crate::format::record::UNKNOWN;
     }
 
     /// Pool time moves with the writer's time (section 9.3).

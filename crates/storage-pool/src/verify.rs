@@ -10,9 +10,11 @@ use crate::error::{Damage, PoolError};
 use crate::format::pack::{self, PackKind};
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
+use crate::kit::RecipientId;
 use crate::map::{MapReader, MapRoot, NodeSource};
 use crate::packs;
-use crate::pool::{Pool, PoolNodes};
+use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
+use prost::Message;
 
 /// How much is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,10 +75,17 @@ impl Pool {
     ) -> Result<VerifyReport, PoolError> {
         let mut report = VerifyReport { damage: self.notes().to_vec(), ..VerifyReport::default() };
         self.verify_small_files(&mut report)?;
-        for damage in self.index().examine() {
-            if !report.damage.contains(&damage) {
-                report.damage.push(damage);
+        let runs = self.index().examine();
+        for damage in &runs {
+            if let Damage::File { path, .. } = damage {
+                self.index_mut().discard(path);
             }
+            if !report.damage.contains(damage) {
+                report.damage.push(damage.clone());
+            }
+        }
+        if !runs.is_empty() && self.is_writable() {
+            self.flush_index()?;
         }
 
         let state = self.state().clone();
@@ -95,7 +104,7 @@ impl Pool {
                 continue;
             }
             let found = match depth {
-                Depth::Structure => self.examine_structure(*id)?,
+                Depth::Structure => self.examine_structure(*id),
                 Depth::ReadData => self.examine_data(*id, info.domain, info.kind)?,
             };
             report.packs += 1;
@@ -155,44 +164,59 @@ impl Pool {
         Ok(report)
     }
 
-    /// Key files of every recipient: their bytes, not whether anybody's secret fits.
+    /// The header, and the key files of every recipient: their bytes and whose they are, not whether anybody's secret
+    /// fits.
     fn verify_small_files(&self, report: &mut VerifyReport) -> Result<(), PoolError> {
         let files = &self.world.files;
-        let entries =
-            files.list("keys").map_err(|source| PoolError::io(files.display("keys"), "list", source))?;
-        for entry in entries {
-            let name = format!("keys/{}", entry.name);
-            let path = files.display(&name);
-            let reason = match files.read(&name, twin::MAX_BYTES) {
-                Err(error) => Some(error.to_string()),
-                Ok(bytes) => match twin::decode(twin::KEY, &bytes) {
-                    Ok(twin) => twin.damage.map(|damage| format!("{damage:?}; the other copy serves")),
-                    Err(error) => Some(format!("{error:?}")),
-                },
-            };
+        let mut add = |path: String, reason: String| {
             let is_known = report
                 .damage
                 .iter()
                 .any(|known| matches!(known, Damage::File { path: other, .. } if *other == path));
-            if let Some(reason) = reason
-                && !is_known
-            {
+            if !is_known {
                 report.damage.push(Damage::File { path, offset: 0, reason, derived: false });
             }
+        };
+        let twin = |name: &str, magic| match files.read(name, twin::MAX_BYTES) {
+            Err(error) => Err(error.to_string()),
+            Ok(bytes) => twin::decode(magic, &bytes).map_err(|error| format!("{error:?}")),
+        };
+        let mut check = |name: &str, magic, fits: &dyn Fn(&[u8]) -> bool| {
+            let wrong = match twin(name, magic) {
+                Err(reason) => Some(reason),
+                Ok(twin) if !fits(&twin.content) => Some("belongs to another pool or recipient".to_owned()),
+                Ok(twin) => twin.damage.map(|damage| format!("{damage:?}; the other copy serves")),
+            };
+            if let Some(reason) = wrong {
+                add(files.display(name), reason);
+            }
+        };
+        check(HEADER_NAME, twin::POOL, &|content| {
+            payload::Header::decode(content).is_ok_and(|header| header.pool == self.id().0)
+        });
+        let entries =
+            files.list("keys").map_err(|source| PoolError::io(files.display("keys"), "list", source))?;
+        for entry in entries {
+            let name = format!("keys/{}", entry.name);
+            check(&name, twin::KEY, &|content| {
+                let id = content.get(16..32).and_then(|id| <[u8; 16]>::try_from(id).ok());
+                content.len() == 100
+                    && content[..16] == self.id().0
+                    && id.is_some_and(|id| key_name(RecipientId(id)) == name)
+            });
         }
         Ok(())
     }
 
-    fn examine_structure(&self, id: PackId) -> Result<Examined, PoolError> {
+    fn examine_structure(&self, id: PackId) -> Examined {
         let path = self.world.files.display(&pack::name(id));
         match packs::read_table(&*self.world.files, &self.keys, id) {
-            Ok(table) => Ok(Examined { read: table.table.len() as u64 * 20 + 128, ..Examined::default() }),
-            Err(error @ PoolError::Io { .. }) => Err(error),
+            Ok(table) => Examined { read: table.table.len() as u64 * 20 + 128, ..Examined::default() },
             // The frames may all be right: only reading them tells.
-            Err(error) => Ok(Examined {
+            Err(error) => Examined {
                 damage: vec![Damage::File { path, offset: 0, reason: error.to_string(), derived: false }],
                 ..Examined::default()
-            }),
+            },
         }
     }
 
@@ -205,7 +229,11 @@ impl Pool {
     ) -> Result<Examined, PoolError> {
         let files = &*self.world.files;
         let path = files.display(&pack::name(id));
-        let walked = packs::examine(files, self.id(), id)?;
+        // A sector that cannot be read is damage like any other; which frames it costs shows below.
+        let walked = packs::examine(files, self.id(), id).unwrap_or_else(|error| packs::PackExamination {
+            damaged: vec![(0, error.to_string())],
+            ..packs::PackExamination::default()
+        });
         let mut examined = Examined { read: walked.length, is_lost: false, ..Examined::default() };
         let damage =
             |offset: u64, reason: String| Damage::File { path: path.clone(), offset, reason, derived: false };
@@ -219,11 +247,14 @@ impl Pool {
         };
         match packs::read_table(files, &self.keys, id) {
             Ok(table) => table.table.iter().for_each(|entry| add(entry.id, entry.location)),
-            Err(_) => self.index().for_each(|chunk, place| {
-                if place.pack == id {
-                    add(chunk, place.at);
-                }
-            })?,
+            Err(_) => {
+                let known = self.for_each_chunk(Vec::new, |known, chunk, place| {
+                    if place.pack == id {
+                        known.push((chunk, place.at));
+                    }
+                })?;
+                known.into_iter().for_each(|(chunk, at)| add(chunk, at));
+            }
         }
         let keys = self.domain_keys(domain);
         let chunk_kind = match kind {
@@ -239,7 +270,9 @@ impl Pool {
             let reason = match self.reader.decoded(*first, domain, kind) {
                 Err(error) => Some(error.to_string()),
                 Ok(decoded) => chunks.iter().find_map(|(chunk, place)| {
-                    let bytes = decoded.chunk(place.slot())?;
+                    let Some(bytes) = decoded.chunk(place.slot()) else {
+                        return Some(format!("the frame has no chunk {}", place.slot()));
+                    };
                     (keys.chunk_id(chunk_kind, blake3::hash(bytes).as_bytes()) != *chunk)
                         .then(|| format!("the chunk in place {} is not {chunk}", place.slot()))
                 }),
@@ -311,8 +344,9 @@ impl Pool {
                         };
                         if !good {
                             lost_blocks.insert(chunk);
-                            let start = block * BLOCK_BYTES;
-                            let range = ByteRange { start, end: (start + BLOCK_BYTES).min(disk.size) };
+                            let start = block.saturating_mul(BLOCK_BYTES).min(disk.size);
+                            let end = start.saturating_add(BLOCK_BYTES).min(disk.size);
+                            let range = ByteRange { start, end };
                             push_merged(
                                 &mut lost_cell.borrow_mut(),
                                 range,

@@ -21,6 +21,9 @@ pub const MAX_DECODED: u32 = 16 * 65_536;
 /// Most stored bytes of a frame: nothing is stored that encoding made larger, plus the tag.
 pub const MAX_STORED: u32 = MAX_DECODED + 16 + 512;
 
+/// Largest pack that is read; writers end theirs at an eighth of this.
+pub const MAX_PACK: u64 = 256 << 20;
+
 /// What a pack's chunks are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u16)]
@@ -206,6 +209,9 @@ impl Trailer {
     /// The trailer in `bytes` of a file of `length` bytes; its hash is checked by [`Trailer::check`].
     pub fn decode(bytes: &[u8; HEADER], length: u64) -> Result<Trailer, FormatError> {
         let at = length.saturating_sub(HEADER as u64);
+        if length > MAX_PACK {
+            return Err(FormatError::at(0, format!("a pack of {length} bytes, at most {MAX_PACK} are read")));
+        }
         if bytes[..8] != *END || bytes[28..32] != [0; 4] {
             return Err(FormatError::at(at, "no trailer: the pack is cut off or overwritten"));
         }
@@ -234,9 +240,14 @@ impl Trailer {
     }
 }
 
+/// Folder of a pack.
+pub fn folder(pack: PackId) -> String {
+    format!("packs/{:02x}", pack.0[0])
+}
+
 /// Name of a pack in the pool's folder.
 pub fn name(pack: PackId) -> String {
-    format!("packs/{:02x}/{pack}.pack", pack.0[0])
+    format!("{}/{pack}.pack", folder(pack))
 }
 
 /// Pack of the last part of a name.

@@ -10,6 +10,10 @@ pub const HEADER: usize = 112;
 /// Largest record that is read: a point of a machine with many disks takes kilobytes; a quarantine or permit of a
 /// million packs 16 MB.
 pub const MAX_BYTES: u64 = 64 << 20;
+/// Largest record that is written, but for one that restores another and so must hold it.
+pub const MAX_NEW_BYTES: u64 = 32 << 20;
+/// What stands for the hash of the record before when that record could not be read.
+pub const UNKNOWN: [u8; 32] = [0; 32];
 
 /// The clear part of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,16 +62,19 @@ pub fn encode(header: &[u8; HEADER], sealed: &[u8]) -> Vec<u8> {
 
 /// Header and sealed payload of a file whose hash is right.
 pub fn decode(bytes: &[u8]) -> Result<(RecordHeader, [u8; HEADER], &[u8]), FormatError> {
+    // Magic and the hash at the end are the same in every version, so that damage is not taken for a newer version.
+    if take::<8>(bytes, 0)? == *MAGIC {
+        let end = bytes.len().saturating_sub(32);
+        if bytes.len() < HEADER + 32 || take::<32>(bytes, end)? != *blake3::hash(&bytes[..end]).as_bytes() {
+            return Err(FormatError::at(0, "the record does not match its hash"));
+        }
+    }
     check_head(bytes, MAGIC)?;
     let raw: [u8; HEADER] = take(bytes, 0)?;
     let sealed = u32_at(bytes, 104)? as usize;
     let end = HEADER.checked_add(sealed).filter(|&end| end + 32 == bytes.len()).ok_or_else(|| {
         FormatError::at(104, format!("payload of {sealed} bytes in a file of {} bytes", bytes.len()))
     })?;
-    let hash: [u8; 32] = take(bytes, end)?;
-    if blake3::hash(&bytes[..end]) != hash {
-        return Err(FormatError::at(0, "the record does not match its hash"));
-    }
     if u16_at(bytes, 14)? != 0 || u32_at(bytes, 108)? != 0 {
         return Err(FormatError::at(14, "reserved bytes are not zero"));
     }

@@ -3,11 +3,13 @@
 use model::{DomainId, PoolId};
 
 use super::pack::PackKind;
-use super::{FormatError, check_head, head, short_hash, take, u16_at, u32_at, u64_at};
+use super::{FormatError, check_head, head, take, u16_at, u32_at, u64_at};
 use crate::chunk::{ChunkId, PackId};
 
 const MAGIC: &[u8; 8] = b"STPRUN_1";
 const FIXED: usize = 64;
+/// Largest head that is read: a million packs take 48 MB, 10^10 entries 470 MB.
+const MAX_HEAD: u64 = 1 << 30;
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 /// Entries of a page.
@@ -50,6 +52,8 @@ pub struct RunHead {
     pub packs: Vec<RunPack>,
     /// Runs that it replaces.
     pub superseded: Vec<u64>,
+    /// Number of the last record when it was written.
+    pub witnessed: u64,
     /// First 8 bytes of the first id of each page.
     pub fences: Vec<u64>,
     /// Where the pages begin.
@@ -63,10 +67,21 @@ pub fn prefix(id: &ChunkId) -> u64 {
     u64::from_be_bytes(first)
 }
 
-/// A whole run. `entries` must ascend.
+/// Check value of a page: bound to its run by the key, and to its place in it.
+fn page_check(key: &[u8; 32], index: u64, bytes: &[u8]) -> [u8; 16] {
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(&index.to_le_bytes()).update(bytes);
+    let mut check = [0u8; 16];
+    check.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    check
+}
+
+/// A whole run under its key. `entries` must ascend.
 pub fn encode(
+    key: &[u8; 32],
     pool: PoolId,
     number: u64,
+    witnessed: u64,
     packs: &[RunPack],
     superseded: &[u64],
     entries: &[RunEntry],
@@ -79,7 +94,7 @@ pub fn encode(
     bytes.extend_from_slice(&(entries.len() as u64).to_le_bytes());
     bytes.extend_from_slice(&(superseded.len() as u32).to_le_bytes());
     bytes.extend_from_slice(&(pages as u32).to_le_bytes());
-    bytes.extend_from_slice(&[0; 8]);
+    bytes.extend_from_slice(&witnessed.to_le_bytes());
     for pack in packs {
         bytes.extend_from_slice(&pack.pack.0);
         bytes.extend_from_slice(&pack.domain.0);
@@ -93,7 +108,7 @@ pub fn encode(
     for page in entries.chunks(PAGE_ENTRIES) {
         bytes.extend_from_slice(&prefix(&page[0].id).to_le_bytes());
     }
-    let hash = blake3::hash(&bytes);
+    let hash = blake3::keyed_hash(key, &bytes);
     bytes.extend_from_slice(hash.as_bytes());
     for (index, page) in entries.chunks(PAGE_ENTRIES).enumerate() {
         let begin = bytes.len();
@@ -103,7 +118,7 @@ pub fn encode(
             bytes.extend_from_slice(&entry.location.to_le_bytes());
         }
         bytes.resize(begin + PAGE - 16, 0);
-        let check = short_hash(&[&(index as u64).to_le_bytes(), &bytes[begin..]]);
+        let check = page_check(key, index as u64, &bytes[begin..]);
         bytes.extend_from_slice(&check);
     }
     bytes
@@ -113,17 +128,21 @@ pub fn encode(
 pub fn head_length(bytes: &[u8]) -> Result<u64, FormatError> {
     check_head(bytes, MAGIC)?;
     let (packs, superseded, pages) = (u32_at(bytes, 12)?, u32_at(bytes, 48)?, u32_at(bytes, 52)?);
-    Ok(FIXED as u64 + u64::from(packs) * 48 + u64::from(superseded) * 8 + u64::from(pages) * 8 + 32)
+    let length = FIXED as u64 + u64::from(packs) * 48 + u64::from(superseded) * 8 + u64::from(pages) * 8 + 32;
+    if length > MAX_HEAD {
+        return Err(FormatError::at(12, format!("a head of {length} bytes, at most {MAX_HEAD} are read")));
+    }
+    Ok(length)
 }
 
 /// The head in `bytes`, which has exactly [`head_length`] bytes, of a file of `length` bytes.
-pub fn decode_head(bytes: &[u8], length: u64) -> Result<RunHead, FormatError> {
+pub fn decode_head(key: &[u8; 32], bytes: &[u8], length: u64) -> Result<RunHead, FormatError> {
     let expected = head_length(bytes)?;
     if bytes.len() as u64 != expected {
         return Err(FormatError::at(12, "the run is shorter than its head"));
     }
     let end = bytes.len() - 32;
-    if blake3::hash(&bytes[..end]) != take::<32>(bytes, end)? {
+    if blake3::keyed_hash(key, &bytes[..end]) != take::<32>(bytes, end)? {
         return Err(FormatError::at(0, "the run's head does not match its hash"));
     }
     let (packs, superseded, pages) = (u32_at(bytes, 12)?, u32_at(bytes, 48)?, u32_at(bytes, 52)?);
@@ -142,6 +161,7 @@ pub fn decode_head(bytes: &[u8], length: u64) -> Result<RunHead, FormatError> {
         entries,
         packs: Vec::with_capacity(packs as usize),
         superseded: Vec::with_capacity(superseded as usize),
+        witnessed: u64_at(bytes, 56)?,
         fences: Vec::with_capacity(pages as usize),
         pages_at: expected,
     };
@@ -169,9 +189,14 @@ pub fn decode_head(bytes: &[u8], length: u64) -> Result<RunHead, FormatError> {
 }
 
 /// The entries of page `index`.
-pub fn decode_page(head: &RunHead, index: u64, bytes: &[u8; PAGE]) -> Result<Vec<RunEntry>, FormatError> {
+pub fn decode_page(
+    key: &[u8; 32],
+    head: &RunHead,
+    index: u64,
+    bytes: &[u8; PAGE],
+) -> Result<Vec<RunEntry>, FormatError> {
     let at = head.pages_at + index * PAGE as u64;
-    if bytes[PAGE - 16..] != short_hash(&[&index.to_le_bytes(), &bytes[..PAGE - 16]]) {
+    if bytes[PAGE - 16..] != page_check(key, index, &bytes[..PAGE - 16]) {
         return Err(FormatError::at(at, "the page does not match its hash"));
     }
     let present = (head.entries - index * PAGE_ENTRIES as u64).min(PAGE_ENTRIES as u64) as usize;

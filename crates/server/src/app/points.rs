@@ -1,0 +1,190 @@
+//! Recovery points for people: states, names, differences.
+
+use std::collections::BTreeSet;
+use std::sync::PoisonError;
+
+use model::{BLOCK_BYTES, Code, Consistency, DatasourceId, PointState, Problem, RecoveryPointId, Timestamp};
+use protocol::api::{self, DiskDiff, PointDiff, RecoveryPoint, Time};
+use storage_pool::state::Point;
+use storage_pool::{MapReader, MapRoot, PoolNodes};
+
+use super::App;
+use crate::api::names::{self, NamedPoint};
+
+impl App {
+    /// Points of which something cannot be had. Walks maps only where damage is known, and once for each head.
+    pub(crate) fn damaged_points(&self) -> BTreeSet<RecoveryPointId> {
+        let pool = self.pool();
+        if !pool.has_known_damage() {
+            return BTreeSet::new();
+        }
+        let head = pool.state().head;
+        let mut known = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, points)) = &*known
+            && *at == head
+        {
+            return points.clone();
+        }
+        let state = pool.state().clone();
+        let lost = |point: &&Point| {
+            point.disks.iter().any(|disk| {
+                let map = MapRoot { root: disk.root, levels: disk.levels };
+                pool.lost_blocks(point.domain, map).map_or(true, |lost| !lost.is_empty())
+            })
+        };
+        let points: BTreeSet<RecoveryPointId> = state
+            .in_order()
+            .filter(|point| !state.is_expired(point, pool.settings().soft_delete))
+            .filter(lost)
+            .map(|point| point.id)
+            .collect();
+        *known = Some((head, points.clone()));
+        points
+    }
+
+    /// Points of a machine, or of all, with their states, oldest first. Expired ones are left out.
+    pub(crate) fn points_of(&self, datasource: Option<DatasourceId>) -> Vec<(Point, PointState)> {
+        let damaged = self.damaged_points();
+        let points: Vec<Point> = self
+            .pool()
+            .state()
+            .in_order()
+            .filter(|point| datasource.is_none_or(|datasource| point.datasource == datasource))
+            .cloned()
+            .collect();
+        points
+            .into_iter()
+            .map(|point| {
+                let state = jobs::recover::state_of(self.pool(), &point, damaged.contains(&point.id));
+                (point, state)
+            })
+            .filter(|(_, state)| *state != PointState::Expired)
+            .collect()
+    }
+
+    /// The point that was typed.
+    pub(crate) fn find_point(
+        &self,
+        text: &str,
+        datasource: Option<&super::StoredDatasource>,
+        min_consistency: Option<Consistency>,
+    ) -> Result<(Point, PointState), Problem> {
+        let mut points = self.points_of(datasource.map(|datasource| datasource.id));
+        let named: Vec<NamedPoint> = points
+            .iter()
+            .map(|(point, state)| NamedPoint {
+                id: point.id,
+                time: point.captured,
+                state: *state,
+                consistency: point.consistency,
+            })
+            .collect();
+        let of = datasource.map(|datasource| datasource.name.as_str());
+        let at = names::point(text, of, &named, min_consistency)?;
+        Ok(points.swap_remove(at))
+    }
+
+    pub(crate) fn api_point(&self, point: &Point, state: PointState, with_unique: bool) -> RecoveryPoint {
+        let pool = self.pool();
+        let settings = pool.settings();
+        let reason = match state {
+            PointState::Suspect => point.suspect.clone().unwrap_or_default(),
+            PointState::Damaged => {
+                "some of its bytes are damaged in the pool; `pool verify` lists them".to_owned()
+            }
+            PointState::SoftDeleted => point.deleted.as_ref().map(|(_, why)| why.clone()).unwrap_or_default(),
+            PointState::Incomplete => "some of the machine's disks are missing".to_owned(),
+            _ => String::new(),
+        };
+        let undelete_until = point.deleted.as_ref().map(|(since, _)| {
+            let waited = pool.state().pool_time.saturating_sub(*since);
+            let left = (settings.soft_delete * Timestamp::SECOND).saturating_sub(waited);
+            Time(Timestamp(self.parts.clock.now_micros() + left))
+        });
+        let expires_why = match (&point.deleted, pool.floor_keeps(point.id)) {
+            (Some((_, why)), _) => format!("deleted: {why}"),
+            (None, Ok(Some(why))) => format!("retention floor: {why}"),
+            _ => "no policy is stored: it is kept".to_owned(),
+        };
+        RecoveryPoint {
+            id: point.id,
+            datasource: point.datasource,
+            datasource_name: point.machine.clone(),
+            time: Time(point.captured),
+            sequence: point.number,
+            consistency: point.consistency,
+            state,
+            reason,
+            disks: point
+                .disks
+                .iter()
+                .map(|disk| api::PointDisk {
+                    disk: disk.index,
+                    bytes: disk.size,
+                    format: super::mapping::described(&disk.description, "format"),
+                    sector_bytes: disk.sector,
+                })
+                .collect(),
+            expires: undelete_until,
+            expires_why,
+            locked_until: None,
+            undelete_until,
+            bytes_unique: if with_unique { pool.unique_bytes(point.id).ok() } else { None },
+            verified_at: point.verified.map(Time),
+            tested_at: None,
+            cause: point.cause.to_string(),
+        }
+    }
+
+    /// What differs between two points of one machine, from their maps.
+    pub(crate) fn point_diff(&self, a: &Point, b: &Point) -> Result<PointDiff, Problem> {
+        if a.datasource != b.datasource {
+            return Err(Problem::new(
+                Code::Usage,
+                format!(
+                    "{} is of {}, {} is of {}: points of one machine can be compared.",
+                    a.id, a.machine, b.id, b.machine
+                ),
+            ));
+        }
+        let mut disks = Vec::new();
+        let indexes: BTreeSet<u32> = a.disks.iter().chain(&b.disks).map(|disk| disk.index).collect();
+        for index in indexes {
+            let open = |point: &Point| {
+                let disk = point.disks.iter().find(|disk| disk.index == index);
+                let map = disk.map_or(MapRoot { root: None, levels: 1 }, |disk| MapRoot {
+                    root: disk.root,
+                    levels: disk.levels,
+                });
+                let size = disk.map_or(0, |disk| disk.size);
+                (MapReader::new(PoolNodes::new(self.pool(), point.domain), map), size)
+            };
+            let ((one, one_size), (other, other_size)) = (open(a), open(b));
+            let size = one_size.max(other_size);
+            let mut ranges = Vec::new();
+            let mut at = 0;
+            loop {
+                let next = one.next_present(at).map_err(jobs::problem::pool)?;
+                let also = other.next_present(at).map_err(jobs::problem::pool)?;
+                let Some(block) = [next, also].into_iter().flatten().map(|(block, _)| block).min() else {
+                    break;
+                };
+                let content = |found: Option<(u64, storage_pool::chunk::ChunkId)>| {
+                    found.filter(|(at, _)| *at == block).map(|(_, chunk)| chunk)
+                };
+                if content(next) != content(also) {
+                    let start = block * BLOCK_BYTES;
+                    ranges.push(model::ByteRange { start, end: (start + BLOCK_BYTES).min(size) });
+                }
+                at = block + 1;
+            }
+            let set: model::RangeSet = ranges.into_iter().collect();
+            disks.push(DiskDiff {
+                disk: index,
+                bytes_changed: set.bytes(),
+                extents: set.iter().map(|range| (range.start, range.len())).collect(),
+            });
+        }
+        Ok(PointDiff { a: a.id, b: b.id, disks })
+    }
+}

@@ -1,0 +1,389 @@
+//! Running jobs: one thread each, events for whoever watches, cancel at any time.
+//!
+//! ```text
+//! Queued --> Running --> Succeeded | Failed | Cancelled
+//! ```
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use environment::{Clock, Randomness};
+use jobs::{JobContext, LogLevel};
+use model::{Code, DatasourceId, JobId, Problem, Timestamp};
+use protocol::api::{self, Figures, Job, JobEvent, JobKind, JobLogLine, JobState, Progress, Severity, Time};
+use transfer::Steer;
+
+use super::History;
+use crate::api::JobEvents;
+
+/// Jobs at work and those that ended.
+pub struct Runner {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    clock: Arc<dyn Clock>,
+    randomness: Arc<dyn Randomness>,
+    history: Arc<History>,
+    running: Mutex<Running>,
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct Running {
+    jobs: BTreeMap<JobId, Arc<RunningJob>>,
+    busy: HashSet<DatasourceId>,
+}
+
+/// A job at work, as it sees itself.
+pub struct RunningJob {
+    shared: Arc<Shared>,
+    id: JobId,
+    steer: Steer,
+    state: Mutex<JobData>,
+    changed: Condvar,
+}
+
+struct JobData {
+    job: Job,
+    log: Vec<JobLogLine>,
+    progress: Option<Progress>,
+    /// Rises with every change, so that a watcher knows what it has not seen.
+    event: u64,
+    progress_event: u64,
+    log_events: Vec<u64>,
+    phase_began: u64,
+    last_rate: (u64, u64, u64),
+}
+
+/// What a job's work gives back.
+pub type Work = Box<dyn FnOnce(&RunningJob) -> Result<Done, Problem> + Send>;
+
+/// How a job ended well.
+#[derive(Default)]
+pub struct Done {
+    /// What it counted.
+    pub figures: Figures,
+    /// What was less than asked.
+    pub warnings: Vec<Problem>,
+}
+
+impl Runner {
+    /// A runner without jobs.
+    pub fn new(clock: Arc<dyn Clock>, randomness: Arc<dyn Randomness>, history: Arc<History>) -> Runner {
+        let shared = Shared {
+            clock,
+            randomness,
+            history,
+            running: Mutex::new(Running::default()),
+            ended: Condvar::new(),
+        };
+        Runner { shared: Arc::new(shared) }
+    }
+
+    /// Starts a job in a thread of its own. A datasource has one writing job at a time.
+    pub fn start(
+        &self,
+        kind: JobKind,
+        datasource: Option<(DatasourceId, String)>,
+        exclusive: bool,
+        work: Work,
+    ) -> Result<Job, Problem> {
+        let mut id = [0u8; 16];
+        self.shared.randomness.fill(&mut id).map_err(|error| {
+            Problem::new(Code::Internal, format!("No random bytes for a job id: {error}."))
+        })?;
+        let id = JobId(id);
+        let now = Time(Timestamp(self.shared.clock.now_micros()));
+        let job = Job {
+            id,
+            kind,
+            state: JobState::Running,
+            datasource: datasource.as_ref().map(|(id, _)| *id),
+            datasource_name: datasource.as_ref().map(|(_, name)| name.clone()),
+            created_at: now,
+            started_at: Some(now),
+            ended_at: None,
+            warnings: Vec::new(),
+            problem: None,
+            figures: Figures::default(),
+        };
+        let running = Arc::new(RunningJob {
+            shared: self.shared.clone(),
+            id,
+            steer: Steer::new(),
+            state: Mutex::new(JobData {
+                job: job.clone(),
+                log: Vec::new(),
+                progress: None,
+                event: 1,
+                progress_event: 0,
+                log_events: Vec::new(),
+                phase_began: self.shared.clock.monotonic_micros(),
+                last_rate: (0, 0, 0),
+            }),
+            changed: Condvar::new(),
+        });
+        let exclusive = datasource.filter(|_| exclusive);
+        {
+            let mut all = self.shared.running();
+            if let Some((datasource, name)) = &exclusive
+                && !all.busy.insert(*datasource)
+            {
+                return Err(Problem::new(Code::SourceBusy, format!("A job for {name} is running."))
+                    .about(name.clone()));
+            }
+            all.jobs.insert(id, running.clone());
+        }
+        let thread = running.clone();
+        let began = self.shared.clock.monotonic_micros();
+        let body = move || {
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&thread)))
+                .unwrap_or_else(|_| {
+                    Err(Problem::new(Code::Internal, "The job's thread stopped at an impossible state."))
+                });
+            thread.end(outcome, began, exclusive.map(|(id, _)| id));
+        };
+        let spawned = std::thread::Builder::new().name(format!("job-{}", kind.word())).spawn(body);
+        if let Err(error) = spawned {
+            self.shared.running().jobs.remove(&id);
+            return Err(Problem::new(Code::Internal, format!("No thread for the job: {error}.")));
+        }
+        Ok(job)
+    }
+
+    /// Keeps a job that had nothing to do.
+    pub fn keep_ended(
+        &self,
+        kind: JobKind,
+        datasource: (DatasourceId, String),
+        figures: Figures,
+    ) -> Result<Job, Problem> {
+        let mut id = [0u8; 16];
+        self.shared.randomness.fill(&mut id).map_err(|error| {
+            Problem::new(Code::Internal, format!("No random bytes for a job id: {error}."))
+        })?;
+        let now = Time(Timestamp(self.shared.clock.now_micros()));
+        let job = Job {
+            id: JobId(id),
+            kind,
+            state: JobState::Succeeded,
+            datasource: Some(datasource.0),
+            datasource_name: Some(datasource.1),
+            created_at: now,
+            started_at: Some(now),
+            ended_at: Some(now),
+            warnings: Vec::new(),
+            problem: None,
+            figures: Figures { seconds: Some(0.0), ..figures },
+        };
+        self.shared.history.keep(job.clone(), Vec::new());
+        Ok(job)
+    }
+
+    /// All jobs, newest first.
+    pub fn jobs(&self) -> Vec<Job> {
+        let mut all = self.shared.history.jobs();
+        all.extend(self.shared.running().jobs.values().map(|job| job.data().job.clone()));
+        all.sort_by_key(|job| std::cmp::Reverse((job.created_at.0, job.id)));
+        all
+    }
+
+    /// Jobs at work.
+    pub fn running(&self) -> Vec<Job> {
+        self.shared.running().jobs.values().map(|job| job.data().job.clone()).collect()
+    }
+
+    /// A job's log so far.
+    pub fn log(&self, id: JobId) -> Option<Vec<JobLogLine>> {
+        let running = self.shared.running().jobs.get(&id).cloned();
+        match running {
+            Some(job) => Some(job.data().log.clone()),
+            None => self.shared.history.log(id),
+        }
+    }
+
+    /// Asks a job to end.
+    pub fn cancel(&self, id: JobId) {
+        let running = self.shared.running().jobs.get(&id).cloned();
+        if let Some(job) = running {
+            job.steer.cancel();
+        }
+    }
+
+    /// Cancels everything and waits until nothing runs.
+    pub fn stop(&self) {
+        let jobs: Vec<Arc<RunningJob>> = self.shared.running().jobs.values().cloned().collect();
+        jobs.iter().for_each(|job| job.steer.cancel());
+        let mut running = self.shared.running();
+        while !running.jobs.is_empty() {
+            running = self.shared.ended.wait(running).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What happened in a job after event `after`; waits for something.
+    pub fn events(&self, id: JobId, after: u64, wait: Duration) -> Option<JobEvents> {
+        let running = self.shared.running().jobs.get(&id).cloned();
+        let Some(job) = running else {
+            let ended = self.shared.history.jobs().into_iter().find(|job| job.id == id)?;
+            let log = self.shared.history.log(id).unwrap_or_default();
+            // The log lines of an ended job are numbered as the events they were, which nobody kept: all are given to
+            // whoever starts, none to whoever goes on and saw them.
+            let mut events: Vec<JobEvent> =
+                if after == 0 { log.into_iter().map(JobEvent::Log).collect() } else { Vec::new() };
+            events.push(JobEvent::Job(Box::new(ended)));
+            return Some(JobEvents { events, next: u64::MAX, ended: true });
+        };
+        let mut data = job.data();
+        if data.event <= after {
+            data = job.changed.wait_timeout(data, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let mut events: Vec<JobEvent> = data
+            .log
+            .iter()
+            .zip(&data.log_events)
+            .filter(|(_, event)| **event > after)
+            .map(|(line, _)| JobEvent::Log(line.clone()))
+            .collect();
+        if data.progress_event > after
+            && let Some(progress) = &data.progress
+        {
+            events.push(JobEvent::Progress(progress.clone()));
+        }
+        let ended = data.job.state.ended();
+        if ended {
+            events.push(JobEvent::Job(Box::new(data.job.clone())));
+        }
+        Some(JobEvents { events, next: data.event, ended })
+    }
+}
+
+impl Shared {
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl RunningJob {
+    fn data(&self) -> MutexGuard<'_, JobData> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn end(&self, outcome: Result<Done, Problem>, began: u64, exclusive: Option<DatasourceId>) {
+        let now = Timestamp(self.shared.clock.now_micros());
+        let seconds = self.shared.clock.monotonic_micros().saturating_sub(began) as f64 / 1e6;
+        if let Err(problem) = &outcome {
+            self.log(LogLevel::Error, problem.message.clone());
+        }
+        let (job, log) = {
+            let mut data = self.data();
+            match outcome {
+                Ok(done) => {
+                    data.job.state = JobState::Succeeded;
+                    data.job.figures = done.figures;
+                    data.job.warnings = done.warnings;
+                }
+                Err(problem) => {
+                    data.job.state =
+                        if problem.code == Code::Cancelled { JobState::Cancelled } else { JobState::Failed };
+                    data.job.problem = Some(problem);
+                }
+            }
+            data.job.figures.seconds = Some(seconds);
+            data.job.ended_at = Some(Time(now));
+            data.event += 1;
+            (data.job.clone(), data.log.clone())
+        };
+        if job.state == JobState::Failed
+            && let Some(problem) = &job.problem
+        {
+            let severity =
+                if problem.code == Code::PoolDamaged { Severity::Critical } else { Severity::Warning };
+            self.shared.history.raise(severity, problem, now);
+        }
+        self.shared.history.keep(job, log);
+        let mut running = self.shared.running();
+        running.jobs.remove(&self.id);
+        if let Some(datasource) = exclusive {
+            running.busy.remove(&datasource);
+        }
+        drop(running);
+        self.changed.notify_all();
+        self.shared.ended.notify_all();
+    }
+}
+
+impl JobContext for RunningJob {
+    fn id(&self) -> JobId {
+        self.id
+    }
+
+    fn steer(&self) -> &Steer {
+        &self.steer
+    }
+
+    fn phase(&self, name: &str, total: Option<u64>) {
+        let mut data = self.data();
+        data.phase_began = self.shared.clock.monotonic_micros();
+        data.last_rate = (data.phase_began, 0, 0);
+        data.progress = Some(Progress { phase: name.to_owned(), bytes_total: total, ..Progress::default() });
+        data.event += 1;
+        data.progress_event = data.event;
+        drop(data);
+        self.changed.notify_all();
+    }
+
+    fn progress(&self, done: u64, transferred: u64, stored: u64, deduplicated: u64) {
+        let now = self.shared.clock.monotonic_micros();
+        let mut data = self.data();
+        let (since, before, rate) = data.last_rate;
+        // The rate is that of the last second, so that a stall shows.
+        let elapsed = now.saturating_sub(since);
+        let rate = if elapsed >= 1_000_000 {
+            let rate = u128::from(done.saturating_sub(before)) * 1_000_000 / u128::from(elapsed);
+            let rate = u64::try_from(rate).unwrap_or(u64::MAX);
+            data.last_rate = (now, done, rate);
+            rate
+        } else {
+            rate
+        };
+        let total = data.progress.as_ref().and_then(|progress| progress.bytes_total);
+        let phase = data.progress.as_ref().map(|progress| progress.phase.clone()).unwrap_or_default();
+        data.progress = Some(Progress {
+            phase,
+            bytes_done: done,
+            bytes_total: total,
+            bytes_transferred: transferred,
+            bytes_stored: stored,
+            bytes_deduplicated: deduplicated,
+            bytes_per_second: rate,
+            seconds_left: total.filter(|_| rate > 0).map(|total| total.saturating_sub(done) / rate),
+        });
+        data.event += 1;
+        data.progress_event = data.event;
+        drop(data);
+        self.changed.notify_all();
+    }
+
+    fn log(&self, level: LogLevel, line: String) {
+        let now = Time(Timestamp(self.shared.clock.now_micros()));
+        let level = match level {
+            LogLevel::Info => api::LogLevel::Info,
+            LogLevel::Warning => api::LogLevel::Warning,
+            LogLevel::Error => api::LogLevel::Error,
+        };
+        let mut data = self.data();
+        let number = data.log.len() as u64 + 1;
+        data.log.push(JobLogLine { line: number, time: now, level, message: line });
+        data.event += 1;
+        let event = data.event;
+        data.log_events.push(event);
+        drop(data);
+        self.changed.notify_all();
+    }
+
+    fn alert(&self, problem: Problem) {
+        self.shared.history.raise(Severity::Critical, &problem, Timestamp(self.shared.clock.now_micros()));
+    }
+}

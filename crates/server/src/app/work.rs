@@ -1,0 +1,636 @@
+//! What each kind of job does, from the request to its figures.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use block_io::Pace;
+use jobs::decide::Wish;
+use jobs::recover::Recovery;
+use jobs::{JobContext, LogLevel, keep, synchronize};
+use model::{ByteRange, Code, Problem, RangeSet, Timestamp};
+use protocol::api::{
+    self, Figures, Job, JobKind, JobRequest, Plan, PlannedPoint, RateLimit, RecoverDisk, RecoverTarget,
+    RemoveData, Started, Synchronize, Time,
+};
+use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::verify::Depth;
+
+use super::runner::{Done, RunningJob};
+use super::{App, StoredDatasource};
+
+impl App {
+    fn wish(&self, datasource: &StoredDatasource, options: &Synchronize) -> Result<Wish, Problem> {
+        let mut lists = BTreeMap::new();
+        for list in &options.changed_extents {
+            let ranges: Option<Vec<ByteRange>> =
+                list.extents.iter().map(|&(offset, length)| ByteRange::at(offset, length)).collect();
+            let ranges = ranges.ok_or_else(|| {
+                Problem::new(
+                    Code::ChangedExtents,
+                    format!("The list of disk {} names bytes past any disk.", list.disk),
+                )
+            })?;
+            if lists.insert(list.disk, RangeSet::from_ranges(ranges)).is_some() {
+                return Err(Problem::new(Code::ChangedExtents, format!("Disk {} has two lists.", list.disk)));
+            }
+        }
+        let since = match &options.changed_since {
+            None => None,
+            // A point that is not there any more is no error: the list is against something else, and the plan says so.
+            Some(text) => match self.find_point(text, Some(datasource), None) {
+                Ok((point, _)) => Some(point.id),
+                Err(problem) => match text.parse() {
+                    Ok(id) => Some(id),
+                    Err(_) => return Err(problem),
+                },
+            },
+        };
+        Ok(Wish::Synchronize { lists, since, full_scan: options.full_scan })
+    }
+
+    fn living(&self, text: &str) -> Result<StoredDatasource, Problem> {
+        let datasource = self.find_datasource(text)?;
+        if datasource.removed {
+            return Err(Problem::new(
+                Code::NotFound,
+                format!("{} was removed; its points are kept.", datasource.name),
+            )
+            .about(datasource.name));
+        }
+        Ok(datasource)
+    }
+
+    pub(crate) fn start_job(self: &Arc<Self>, request: &JobRequest) -> Result<Started, Problem> {
+        let app = self.clone();
+        let job = match request {
+            JobRequest::Protect { datasource, .. } => {
+                let datasource = self.living(datasource)?;
+                if self.points_of(Some(datasource.id)).iter().any(|(point, _)| point.deleted.is_none()) {
+                    let figures = Figures { already: Some(true), ..Figures::default() };
+                    let job = self.runner.keep_ended(
+                        JobKind::Protect,
+                        (datasource.id, datasource.name),
+                        figures,
+                    )?;
+                    return Ok(Started { job });
+                }
+                self.start_run(JobKind::Protect, datasource, Wish::Protect, None)?
+            }
+            JobRequest::Synchronize { datasource, options } => {
+                let datasource = self.living(datasource)?;
+                let wish = self.wish(&datasource, options)?;
+                self.start_run(JobKind::Synchronize, datasource, wish, options.min_consistency)?
+            }
+            JobRequest::Check { datasource } => {
+                let datasource = self.living(datasource)?;
+                self.start_run(JobKind::Check, datasource, Wish::Check, None)?
+            }
+            JobRequest::RecoverDisk { datasource, options } => self.start_recovery(datasource, options)?,
+            JobRequest::RemoveDatasource { datasource, data } => {
+                self.writable()?;
+                let datasource = self.living(datasource)?;
+                let data = *data;
+                let about = Some((datasource.id, datasource.name.clone()));
+                self.runner.start(
+                    JobKind::RemoveDatasource,
+                    about,
+                    true,
+                    Box::new(move |job| app.remove(&datasource, data, job)),
+                )?
+            }
+            JobRequest::VerifyPool(options) => {
+                let depth = if options.read_data { Depth::ReadData } else { Depth::Structure };
+                self.runner.start(
+                    JobKind::Verify,
+                    None,
+                    false,
+                    Box::new(move |job| app.verify(depth, job)),
+                )?
+            }
+            JobRequest::Reclaim(options) => {
+                self.writable()?;
+                let options = reclaim_options(options, false);
+                self.runner.start(
+                    JobKind::Reclaim,
+                    None,
+                    false,
+                    Box::new(move |job| app.reclaim(options, job)),
+                )?
+            }
+            JobRequest::Prune(options) => {
+                self.writable()?;
+                let machine =
+                    options.datasource.as_deref().map(|text| self.find_datasource(text)).transpose()?;
+                let keep_last = options.keep_last;
+                let about = machine.as_ref().map(|machine| (machine.id, machine.name.clone()));
+                let id = machine.map(|machine| machine.id);
+                self.runner.start(
+                    JobKind::Prune,
+                    about,
+                    false,
+                    Box::new(move |job| app.prune(id, keep_last, job)),
+                )?
+            }
+            JobRequest::RebuildCatalog => {
+                self.writable()?;
+                self.runner.start(
+                    JobKind::RebuildCatalog,
+                    None,
+                    false,
+                    Box::new(move |job| app.rebuild_catalog(job)),
+                )?
+            }
+        };
+        Ok(Started { job })
+    }
+
+    fn start_run(
+        self: &Arc<Self>,
+        kind: JobKind,
+        datasource: StoredDatasource,
+        wish: Wish,
+        min_consistency: Option<model::Consistency>,
+    ) -> Result<Job, Problem> {
+        self.writable()?;
+        let app = self.clone();
+        let about = Some((datasource.id, datasource.name.clone()));
+        self.runner.start(
+            kind,
+            about,
+            true,
+            Box::new(move |job| {
+                let host = app.parts.hosts.host(datasource.host)?;
+                let captured = Timestamp(app.parts.clock.now_micros());
+                let outcome = synchronize::run(app.pool(), &*host, &datasource.machine(), &wish, captured, job)?;
+                let mut figures = super::mapping::transfer_figures(&outcome.figures, outcome.stored);
+                figures.cause = Some(outcome.point.cause.to_string());
+                figures.recovery_point = Some(outcome.point.id);
+                figures.time = Some(Time(outcome.point.captured));
+                figures.consistency = Some(outcome.point.consistency);
+                let mut warnings = Vec::new();
+                if !outcome.suspects.is_empty() {
+                    warnings.push(Problem::new(
+                        Code::LowerConsistency,
+                        format!(
+                            "The audit caught the change tracker leaving out changes: {} earlier points are suspect, this one is right.",
+                            outcome.suspects.len()
+                        ),
+                    ));
+                }
+                if let Some(least) = min_consistency
+                    && outcome.point.consistency < least
+                {
+                    warnings.push(Problem::new(
+                        Code::LowerConsistency,
+                        format!("The point is {}-consistent, asked for was {}.", outcome.point.consistency.word(), least.word()),
+                    ));
+                }
+                app.forget_damaged();
+                app.parts.history.keep_point(&outcome.point);
+                Ok(Done { figures, warnings })
+            }),
+        )
+    }
+
+    fn start_recovery(self: &Arc<Self>, datasource: &str, options: &RecoverDisk) -> Result<Job, Problem> {
+        let datasource = self.find_datasource(datasource)?;
+        let (point, state) = self.find_point(&options.point, Some(&datasource), options.min_consistency)?;
+        let (host, path) = match &options.target {
+            RecoverTarget::Server { path } => {
+                if !self.parts.hosts.is_standalone() {
+                    return Err(Problem::new(
+                        Code::Unauthorised,
+                        "A server on the network does not write to its own files for a caller.",
+                    )
+                    .hint("Recover to HOST:PATH of an enrolled host, or to a path of your own machine."));
+                }
+                (None, path.clone())
+            }
+            RecoverTarget::Host { host, path } => {
+                (self.find_host(Some(host))?.map(|host| host.0), path.clone())
+            }
+        };
+        let named = options.format.map(|format| format.word().to_owned());
+        let format = named.unwrap_or_else(|| {
+            let lower = path.to_ascii_lowercase();
+            ["qcow2", "vhdx", "vhd"]
+                .into_iter()
+                .find(|word| lower.ends_with(&format!(".{word}")))
+                .unwrap_or("raw")
+                .to_owned()
+        });
+        let pace = options
+            .limit
+            .map(|limit| -> Arc<dyn Pace> { Arc::new(TokenBucket::new(limit, self.parts.clock.clone())) });
+        let recovery = Recovery {
+            point: point.clone(),
+            disk: options.disk,
+            path: path.clone(),
+            format,
+            overwrite: options.overwrite,
+            sync: !options.no_sync,
+            accept_damage: options.accept_damage,
+            min_consistency: options.min_consistency,
+            pace,
+            compress: host.map(|_| 1),
+        };
+        let app = self.clone();
+        let about = Some((datasource.id, datasource.name.clone()));
+        self.runner.start(
+            JobKind::RecoverDisk,
+            about,
+            false,
+            Box::new(move |job| {
+                job.log(
+                    LogLevel::Info,
+                    format!(
+                        "Recovering disk {} of {} from point {} of {} ({}, {}) to {path}.",
+                        recovery.disk,
+                        point.machine,
+                        point.id,
+                        point.captured.rfc3339(),
+                        point.consistency.word(),
+                        state.word()
+                    ),
+                );
+                let host = app.parts.hosts.host(host)?;
+                let recovered = jobs::recover::run(app.pool(), &*host, &recovery, job)?;
+                let lost = recovered.lost.bytes();
+                let mut figures = Figures {
+                    bytes_logical: Some(recovered.figures.bytes_logical),
+                    bytes_transferred: Some(recovered.figures.bytes_transferred),
+                    bytes_written: Some(recovered.figures.bytes_transferred),
+                    bytes_lost: Some(lost),
+                    recovery_point: Some(point.id),
+                    time: Some(Time(point.captured)),
+                    consistency: Some(point.consistency),
+                    target: Some(path.clone()),
+                    ..Figures::default()
+                };
+                let mut warnings = Vec::new();
+                if lost > 0 {
+                    let damage: Vec<storage_pool::Damage> = recovered
+                        .lost
+                        .iter()
+                        .map(|range| storage_pool::Damage::Point {
+                            point: point.id,
+                            machine: point.machine.clone(),
+                            disk: recovery.disk,
+                            range: *range,
+                            reason: "damaged in the pool; zeros in the file".to_owned(),
+                        })
+                        .collect();
+                    super::mapping::list_damage(&mut figures, &damage);
+                    warnings.push(super::mapping::damage_warning(format!(
+                        "{lost} bytes in {} ranges are lost and are zeros in {path}.",
+                        damage.len()
+                    )));
+                }
+                if let Some(reason) = &point.suspect {
+                    warnings.push(Problem::new(
+                        Code::LowerConsistency,
+                        format!("The point is suspect: {reason}."),
+                    ));
+                }
+                Ok(Done { figures, warnings })
+            }),
+        )
+    }
+
+    fn remove(
+        &self,
+        datasource: &StoredDatasource,
+        data: RemoveData,
+        job: &RunningJob,
+    ) -> Result<Done, Problem> {
+        let mut removed = 0;
+        let mut kept = 0;
+        let mut warnings = Vec::new();
+        for (point, _) in self.points_of(Some(datasource.id)) {
+            if point.deleted.is_some() {
+                continue;
+            }
+            if data == RemoveData::Keep {
+                kept += 1;
+                continue;
+            }
+            match self.pool().delete_point(point.id, "the datasource was removed with its data") {
+                Ok(()) => removed += 1,
+                // The last points of a machine that is gone stay, whatever is asked (INV-13).
+                Err(error @ storage_pool::PoolError::Kept { .. }) => {
+                    kept += 1;
+                    job.log(LogLevel::Info, format!("{error}."));
+                }
+                Err(error) => return Err(jobs::problem::pool(error)),
+            }
+        }
+        if kept > 0 && data == RemoveData::Delete {
+            warnings.push(Problem::new(
+                Code::PointLocked,
+                format!("{kept} points stay: the retention floor keeps them."),
+            ));
+        }
+        self.store_datasource(&StoredDatasource { removed: true, ..datasource.clone() })?;
+        let returns = keep::space_returns(self.pool(), Timestamp(self.parts.clock.now_micros()));
+        Ok(Done {
+            figures: Figures {
+                points_removed: Some(removed),
+                points_kept: Some(kept),
+                returns_at: (removed > 0).then_some(Time(returns)),
+                ..Figures::default()
+            },
+            warnings,
+        })
+    }
+
+    fn verify(&self, depth: Depth, job: &RunningJob) -> Result<Done, Problem> {
+        job.phase("verifying", None);
+        let steer = job.steer().clone();
+        let mut report = self
+            .pool()
+            .verify(depth, &mut |done: u64, _total: u64| {
+                job.progress(done, 0, 0, 0);
+                !steer.is_cancelled()
+            })
+            .map_err(jobs::problem::pool)?;
+        if steer.is_cancelled() {
+            return Err(jobs::problem::cancelled());
+        }
+        report.damage.extend(self.parts.folder.examine(self.pool()));
+        self.forget_damaged();
+        for damage in &report.damage {
+            let line = super::mapping::damage(damage);
+            job.log(
+                LogLevel::Error,
+                match damage {
+                    storage_pool::Damage::File { .. } => {
+                        format!("{}: byte {}: {}.", line.file, line.offset, line.reason)
+                    }
+                    storage_pool::Damage::Point { point, .. } => format!(
+                        "{}: point {point}: disk {}: bytes {}..{}: {}.",
+                        line.datasource,
+                        line.disk.unwrap_or(0),
+                        line.offset,
+                        line.offset + line.length,
+                        line.reason
+                    ),
+                },
+            );
+        }
+        let mut figures = Figures {
+            bytes_read: Some(report.bytes_read),
+            points_kept: Some(report.good_points),
+            ..Figures::default()
+        };
+        super::mapping::list_damage(&mut figures, &report.damage);
+        let mut warnings = Vec::new();
+        if !report.is_clean() {
+            let lost = report.lost_blocks * model::BLOCK_BYTES;
+            figures.bytes_lost = Some(lost);
+            warnings.push(super::mapping::damage_warning(format!(
+                "{} damages found; {} of {} points are whole, {} are damaged, {lost} bytes are lost.",
+                report.damage.len(),
+                report.good_points,
+                report.points,
+                report.damaged_points.len()
+            )));
+        }
+        Ok(Done { figures, warnings })
+    }
+
+    fn reclaim(&self, options: ReclaimOptions, job: &RunningJob) -> Result<Done, Problem> {
+        job.phase("reclaiming", None);
+        let report = self.pool().reclaim(options, &*self.parts.deletion).map_err(jobs::problem::pool)?;
+        let now = self.parts.clock.now_micros();
+        job.log(
+            LogLevel::Info,
+            format!(
+                "{} points expired; {} bytes quarantined, {} rewritten, {} in {} packs freed, {} packs released, {} bytes on hold.",
+                report.expired_points,
+                report.quarantined_bytes,
+                report.rewritten_bytes,
+                report.freed_bytes,
+                report.freed_packs,
+                report.released_packs,
+                report.held_bytes
+            ),
+        );
+        Ok(Done {
+            figures: Figures {
+                bytes_freed: Some(report.freed_bytes),
+                bytes_returning: (report.held_bytes > 0).then_some(report.held_bytes),
+                returns_at: (report.held_bytes > 0)
+                    .then(|| Time(Timestamp(now + report.held_for * Timestamp::SECOND))),
+                bytes_stored: Some(report.rewritten_bytes),
+                ..Figures::default()
+            },
+            warnings: Vec::new(),
+        })
+    }
+
+    fn prune(
+        &self,
+        machine: Option<model::DatasourceId>,
+        keep_last: Option<u32>,
+        job: &RunningJob,
+    ) -> Result<Done, Problem> {
+        let plan = keep::plan_prune(self.pool(), machine, keep_last)?;
+        for marked in &plan.removed {
+            job.log(
+                LogLevel::Info,
+                format!("{} of {} goes: {}.", marked.point.id, marked.point.machine, marked.why),
+            );
+        }
+        let deleted = keep::prune(self.pool(), &plan)?;
+        let returns = keep::space_returns(self.pool(), Timestamp(self.parts.clock.now_micros()));
+        Ok(Done {
+            figures: Figures {
+                points_removed: Some(deleted.len() as u64),
+                points_kept: Some(plan.kept.len() as u64),
+                returns_at: (!deleted.is_empty()).then_some(Time(returns)),
+                ..Figures::default()
+            },
+            warnings: Vec::new(),
+        })
+    }
+
+    fn rebuild_catalog(&self, job: &RunningJob) -> Result<Done, Problem> {
+        let lines = self.parts.history.rebuild(self)?;
+        for line in lines {
+            job.log(LogLevel::Info, line);
+        }
+        Ok(Done {
+            figures: Figures { points_kept: Some(self.points_of(None).len() as u64), ..Figures::default() },
+            warnings: Vec::new(),
+        })
+    }
+
+    pub(crate) fn plan_job(&self, request: &JobRequest) -> Result<Plan, Problem> {
+        let mut plan = Plan {
+            kind: request.kind(),
+            object: String::new(),
+            cause: String::new(),
+            steps: Vec::new(),
+            bytes_read: None,
+            bytes_moved: None,
+            bytes_needed: None,
+            bytes_freed: None,
+            seconds: None,
+            kept: Vec::new(),
+            removed: Vec::new(),
+        };
+        match request {
+            JobRequest::Protect { datasource, .. } => {
+                self.plan_run(&mut plan, &self.living(datasource)?, &Wish::Protect)?
+            }
+            JobRequest::Synchronize { datasource, options } => {
+                let datasource = self.living(datasource)?;
+                let wish = self.wish(&datasource, options)?;
+                self.plan_run(&mut plan, &datasource, &wish)?;
+            }
+            JobRequest::Check { datasource } => {
+                self.plan_run(&mut plan, &self.living(datasource)?, &Wish::Check)?
+            }
+            JobRequest::RecoverDisk { datasource, options } => {
+                let datasource = self.find_datasource(datasource)?;
+                let (point, state) =
+                    self.find_point(&options.point, Some(&datasource), options.min_consistency)?;
+                plan.object = datasource.name;
+                let size = point.disks.iter().find(|disk| disk.index == options.disk).map(|disk| disk.size);
+                plan.bytes_needed = size;
+                plan.steps = vec![
+                    format!(
+                        "Open disk {} of point {} ({}, {}).",
+                        options.disk,
+                        point.id,
+                        point.consistency.word(),
+                        state.word()
+                    ),
+                    "Write it beside the target, read it back, compare, then give it its name.".to_owned(),
+                ];
+            }
+            JobRequest::RemoveDatasource { datasource, data } => {
+                let datasource = self.living(datasource)?;
+                plan.object.clone_from(&datasource.name);
+                for (point, _) in self.points_of(Some(datasource.id)) {
+                    let floor = self.pool().floor_keeps(point.id).ok().flatten();
+                    let (list, why) = match (data, floor) {
+                        (RemoveData::Keep, _) => (&mut plan.kept, "its data is kept".to_owned()),
+                        (RemoveData::Delete, Some(why)) => {
+                            (&mut plan.kept, format!("retention floor: {why}"))
+                        }
+                        (RemoveData::Delete, None) => {
+                            (&mut plan.removed, "the datasource goes with its data".to_owned())
+                        }
+                    };
+                    list.push(planned(&point, why));
+                }
+                plan.steps = vec![format!("Forget {}.", datasource.name)];
+            }
+            JobRequest::VerifyPool(options) => {
+                plan.bytes_read =
+                    options.read_data.then(|| self.pool().space().map(|space| space.packs).unwrap_or(0));
+                plan.steps = vec!["Check headers, tables, records and maps.".to_owned()];
+                if options.read_data {
+                    plan.steps.push("Read and hash every stored byte.".to_owned());
+                }
+            }
+            JobRequest::Reclaim(options) => {
+                let report = self
+                    .pool()
+                    .reclaim(reclaim_options(options, true), &*self.parts.deletion)
+                    .map_err(jobs::problem::pool)?;
+                plan.bytes_freed = Some(report.quarantined_bytes);
+                plan.steps = vec![format!(
+                    "Quarantine packs of {} bytes; unlink them when their hold is over.",
+                    report.quarantined_bytes
+                )];
+            }
+            JobRequest::Prune(options) => {
+                let machine =
+                    options.datasource.as_deref().map(|text| self.find_datasource(text)).transpose()?;
+                let found =
+                    keep::plan_prune(self.pool(), machine.map(|machine| machine.id), options.keep_last)?;
+                let list = |marked: Vec<keep::Marked>| {
+                    marked.into_iter().map(|marked| planned(&marked.point, marked.why)).collect()
+                };
+                plan.steps =
+                    vec![format!("Soft-delete {} points, keep {}.", found.removed.len(), found.kept.len())];
+                plan.kept = list(found.kept);
+                plan.removed = list(found.removed);
+            }
+            JobRequest::RebuildCatalog => {
+                plan.steps = vec!["Make the derived tables again from the pool.".to_owned()]
+            }
+        }
+        Ok(plan)
+    }
+
+    fn plan_run(&self, plan: &mut Plan, datasource: &StoredDatasource, wish: &Wish) -> Result<(), Problem> {
+        let host = self.parts.hosts.host(datasource.host)?;
+        let (found, view, _) = synchronize::plan(self.pool(), &*host, &datasource.machine(), wish)?;
+        plan.object.clone_from(&datasource.name);
+        plan.cause = found.cause.to_string();
+        let mut total = 0;
+        for (index, (disk, planned)) in view.disks.iter().zip(&found.disks).enumerate() {
+            let bytes = match &planned.read {
+                jobs::decide::Read::Full => disk.size,
+                jobs::decide::Read::Extents(list) => list.rounded_out(model::BLOCK_BYTES, disk.size).bytes(),
+            };
+            total += bytes;
+            plan.steps.push(format!(
+                "Disk {index}: {}; read at most {bytes} bytes, move what differs.",
+                planned.cause
+            ));
+        }
+        plan.bytes_read = Some(total);
+        Ok(())
+    }
+}
+
+fn planned(point: &storage_pool::state::Point, why: String) -> PlannedPoint {
+    PlannedPoint { id: point.id, datasource: point.machine.clone(), time: Time(point.captured), why }
+}
+
+fn reclaim_options(options: &api::Reclaim, dry_run: bool) -> ReclaimOptions {
+    ReclaimOptions {
+        hold: options.hold_seconds,
+        breaker_percent: options.breaker_percent.map(u32::from),
+        dry_run,
+    }
+}
+
+/// Lets bytes through at a rate that may depend on the hour.
+struct TokenBucket {
+    limit: RateLimit,
+    clock: Arc<dyn environment::Clock>,
+    /// Monotonic time until which what was let through fills the rate.
+    paid_until: std::sync::Mutex<u64>,
+}
+
+impl TokenBucket {
+    fn new(limit: RateLimit, clock: Arc<dyn environment::Clock>) -> TokenBucket {
+        let now = clock.monotonic_micros();
+        TokenBucket { limit, clock, paid_until: std::sync::Mutex::new(now) }
+    }
+}
+
+/// How far ahead of its rate a burst may be: a tenth of a second.
+const BURST_MICROS: u64 = 100_000;
+
+impl Pace for TokenBucket {
+    fn wait(&self, bytes: u64) {
+        let Some(rate) = self.limit.at(Timestamp(self.clock.now_micros())) else { return };
+        let cost =
+            u64::try_from(u128::from(bytes) * 1_000_000 / u128::from(rate.max(1))).unwrap_or(u64::MAX / 4);
+        let now = self.clock.monotonic_micros();
+        let wait = {
+            let mut paid = self.paid_until.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            *paid = (*paid).max(now.saturating_sub(BURST_MICROS)).saturating_add(cost);
+            paid.saturating_sub(now)
+        };
+        if wait > 0 {
+            self.clock.sleep(std::time::Duration::from_micros(wait));
+        }
+    }
+}
