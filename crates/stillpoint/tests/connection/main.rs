@@ -421,6 +421,34 @@ fn a_cut_at_any_byte_ends_in_the_same_bytes() {
 }
 
 #[test]
+fn a_connection_that_only_looks_open_is_noticed_within_twenty_seconds() {
+    let runtime = runtime();
+    let clock = clock();
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let own = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let proxy = Proxy::start(&runtime, listener, own.local_addr().unwrap().to_string(), vec![]);
+    let identity = Arc::new(ServerIdentity::generate([1; 16]).unwrap());
+    let told = vec![proxy.address.clone()];
+    let server = Server::start_on(&runtime, &clock, identity, Arc::default(), told, own);
+    let agent = Agent::started(&runtime, &server);
+    // `started` enrolled past the proxy; from the greeting on the agent knows both addresses.
+    let session = server.registry.host(agent.host).unwrap();
+    let job = JobId([7; 16]);
+    let channel = session.open_data(job);
+    let _pending = session.start(send(job, 1 << 40, 65536, vec![])).unwrap();
+    channel.reconnect(SOON).unwrap();
+    channel.send(0u64.to_le_bytes().to_vec().into()).unwrap();
+    channel.receive().unwrap().unwrap();
+    proxy.swallow.store(true, Ordering::SeqCst);
+    let silent = Instant::now();
+    while channel.receive().is_ok() {}
+    assert!(silent.elapsed() < Duration::from_secs(22), "{:?}", silent.elapsed());
+    assert!(silent.elapsed() > Duration::from_secs(1), "the proxy must have swallowed, not cut");
+    proxy.swallow.store(false, Ordering::SeqCst);
+    channel.reconnect(Duration::from_secs(40)).unwrap();
+}
+
+#[test]
 fn every_flipped_bit_of_the_agents_state_is_named_and_the_version_before_serves() {
     let runtime = runtime();
     let clock = clock();

@@ -9,7 +9,7 @@ use protocol::channel::ChannelError;
 use protocol::v0::{self, command};
 use server::session::{EnrolRequest, HostRegister, SessionEvent, SessionRegistry, SessionSettings, serve};
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
@@ -311,6 +311,8 @@ pub async fn caller(
 pub struct Proxy {
     pub address: String,
     pub cut: Arc<AtomicUsize>,
+    /// While true, bytes are taken and kept, as by a network that swallows them.
+    pub swallow: Arc<AtomicBool>,
 }
 
 impl Proxy {
@@ -319,6 +321,8 @@ impl Proxy {
         let address = listener.local_addr().unwrap().to_string();
         let cut = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&cut);
+        let swallow = Arc::new(AtomicBool::new(false));
+        let swallowing = Arc::clone(&swallow);
         let cuts = Arc::new(Mutex::new(cuts));
         // Bytes since the last cut, over all connections: a cut falls into whatever is under way.
         let passed = Arc::new(AtomicU64::new(0));
@@ -326,6 +330,7 @@ impl Proxy {
             loop {
                 let Ok((near, _)) = listener.accept().await else { return };
                 let Ok(far) = tokio::net::TcpStream::connect(&to).await else { continue };
+                let swallowing = Arc::clone(&swallowing);
                 let (cuts, passed, counted) = (Arc::clone(&cuts), Arc::clone(&passed), Arc::clone(&counted));
                 tokio::spawn(async move {
                     let (mut near_in, mut near_out) = near.into_split();
@@ -343,17 +348,28 @@ impl Proxy {
                                 counted.fetch_add(1, Ordering::SeqCst);
                                 return;
                             }
+                            if swallowing.load(Ordering::SeqCst) {
+                                continue;
+                            }
                             if far_out.write_all(&buffer[..count]).await.is_err() {
                                 return;
                             }
                         }
                     };
-                    let down = tokio::io::copy(&mut far_in, &mut near_out);
+                    let down = async {
+                        let mut buffer = vec![0; 64 * 1024];
+                        while let Ok(count @ 1..) = far_in.read(&mut buffer).await {
+                            let lost = swallowing.load(Ordering::SeqCst);
+                            if !lost && near_out.write_all(&buffer[..count]).await.is_err() {
+                                return;
+                            }
+                        }
+                    };
                     // Either way ending ends both, as when the cable is pulled.
-                    tokio::select! { () = up => {} _ = down => {} }
+                    tokio::select! { () = up => {} () = down => {} }
                 });
             }
         });
-        Proxy { address, cut }
+        Proxy { address, cut, swallow }
     }
 }
