@@ -188,10 +188,8 @@ pub trait Program: Send + Sync {
     fn local_target(&self, options: &LocalTargetOptions) -> Result<Box<dyn LocalTarget>, Problem>;
     /// The name under which this machine is enrolled, if it is. A path without HOST: is then this host's.
     fn this_host(&self) -> Option<String>;
-    /// The way to a server over HTTPS whose identity key has this fingerprint.
-    fn connect(&self, server: &str, fingerprint: &str) -> Result<Arc<dyn Transport>, Problem> {
-        crate::transport::https(server, fingerprint)
-    }
+    /// The way to a server whose identity key has this fingerprint: [`crate::transport::Https`] with its TLS rules.
+    fn connect(&self, server: &str, fingerprint: &str) -> Result<Arc<dyn Transport>, Problem>;
     /// An absolute form of a path on this machine, without following links or touching the disk.
     fn absolute(&self, path: &Path) -> Result<PathBuf, Problem> {
         std::path::absolute(path).map_err(|error| {
