@@ -284,6 +284,9 @@ fn token() -> Result<Option<String>, Problem> {
     Ok(std::env::var("STILLPOINT_TOKEN").ok().filter(|token| !token.is_empty()))
 }
 
+/// How to reach the API: transport, bearer token, what ends a standalone server.
+type Way = (Arc<dyn Transport>, Option<String>, Option<Box<dyn Send>>);
+
 fn over_api(
     globals: &Globals,
     command: &Command,
@@ -296,49 +299,46 @@ fn over_api(
         .build()
         .map_err(|error| Problem::new(Code::Internal, format!("Threads cannot be started: {error}.")))?;
     let inside = runtime.enter();
-    let (transport, token, guard): (Arc<dyn Transport>, Option<String>, Option<Box<dyn Send>>) =
-        match (&globals.standalone, &globals.server) {
-            (Some(_), Some(_)) => {
-                return Err(Problem::new(Code::Usage, "Both a data folder and a server are given.").hint(
-                    "Leave out --standalone (STILLPOINT_STANDALONE) or --server (STILLPOINT_SERVER).",
+    let (transport, token, guard): Way = match (&globals.standalone, &globals.server) {
+        (Some(_), Some(_)) => {
+            return Err(Problem::new(Code::Usage, "Both a data folder and a server are given.")
+                .hint("Leave out --standalone (STILLPOINT_STANDALONE) or --server (STILLPOINT_SERVER)."));
+        }
+        (None, None) => {
+            return Err(Problem::new(Code::Usage, "Neither a data folder nor a server is given.")
+                .hint("Add --standalone DIR to work in this process, or --server URL."));
+        }
+        (Some(folder), None) => {
+            let (writes, create) = needs(command);
+            let options = StandaloneOptions {
+                folder: folder.clone(),
+                create,
+                pool: globals.pool_id,
+                writes,
+                wait: globals.wait,
+            };
+            let opened = program.open_standalone(&options)?;
+            if let Some(kit) = &opened.created_kit {
+                output.message(&format!(
+                    "Created the data folder {} with pool {}",
+                    folder.display(),
+                    opened.pool
                 ));
+                output.message(&format!("The recovery kit is {}", kit.display()));
+                output
+                    .message("Keep a copy of it away from this machine: without it a lost key is lost data.");
             }
-            (None, None) => {
-                return Err(Problem::new(Code::Usage, "Neither a data folder nor a server is given.")
-                    .hint("Add --standalone DIR to work in this process, or --server URL."));
-            }
-            (Some(folder), None) => {
-                let (writes, create) = needs(command);
-                let options = StandaloneOptions {
-                    folder: folder.clone(),
-                    create,
-                    pool: globals.pool_id,
-                    writes,
-                    wait: globals.wait,
-                };
-                let opened = program.open_standalone(&options)?;
-                if let Some(kit) = &opened.created_kit {
-                    output.message(&format!(
-                        "Created the data folder {} with pool {}",
-                        folder.display(),
-                        opened.pool
-                    ));
-                    output.message(&format!("The recovery kit is {}", kit.display()));
-                    output.message(
-                        "Keep a copy of it away from this machine: without it a lost key is lost data.",
-                    );
-                }
-                (opened.transport, None, Some(opened.guard))
-            }
-            (None, Some(server)) => {
-                let fingerprint = globals.fingerprint.as_deref().ok_or_else(|| {
-                    Problem::new(Code::Usage, "The server's fingerprint is not known, so it could be anyone.")
-                        .about(server)
-                        .hint("Add --fingerprint TEXT or set STILLPOINT_FINGERPRINT; `server run` prints it.")
-                })?;
-                (program.connect(server, fingerprint)?, token()?, None)
-            }
-        };
+            (opened.transport, None, Some(opened.guard))
+        }
+        (None, Some(server)) => {
+            let fingerprint = globals.fingerprint.as_deref().ok_or_else(|| {
+                Problem::new(Code::Usage, "The server's fingerprint is not known, so it could be anyone.")
+                    .about(server)
+                    .hint("Add --fingerprint TEXT or set STILLPOINT_FINGERPRINT; `server run` prints it.")
+            })?;
+            (program.connect(server, fingerprint)?, token()?, None)
+        }
+    };
     let room = Room {
         client: Client::new(transport, token),
         output,

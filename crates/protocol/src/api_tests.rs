@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use model::JobId;
 
 #[test]
 fn times_round_trip_and_nothing_else_is_accepted() {
