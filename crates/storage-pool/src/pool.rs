@@ -631,6 +631,11 @@ impl Pool {
         })
     }
 
+    /// Whether `bytes` are record `number` of this pool, whole and authentic.
+    pub fn is_record(&self, number: u64, bytes: &[u8]) -> bool {
+        sequence::is_record(&self.keys, number, bytes)
+    }
+
     /// Gives the pool back a record whose file is damaged or missing, from a copy kept elsewhere. False if the copy is
     /// not that record, or the file is fine.
     pub fn restore_record(&self, number: u64, bytes: &[u8]) -> Result<bool, PoolError> {

@@ -147,7 +147,7 @@ impl DataFolder {
     }
 
     /// Damage of the files of the folder that are not the pool's.
-    pub(crate) fn examine(&self, _pool: &Pool) -> Vec<Damage> {
+    pub(crate) fn examine(&self) -> Vec<Damage> {
         match read_secret(&self.root) {
             Ok((_, _, damage)) => damage.into_iter().collect(),
             Err(problem) => vec![Damage::File {

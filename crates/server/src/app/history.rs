@@ -1,50 +1,278 @@
-//! Jobs and alerts: what happened, kept across restarts.
+//! The catalog as the server uses it: jobs and alerts of before, derived tables, and copies of the pool's records.
+//!
+//! ```text
+//! DIR/catalog/                  the database (see the `catalog` room)
+//! DIR/catalog/records/          a copy of each record of the pool: gives one back whose file is damaged
+//! ```
+//!
+//! Derived tables are a pure function of the pool (INV-6). They carry the head of the sequence: a pool that is behind it
+//! was rolled back, and nothing may be written before somebody decided (`catalog rebuild` accepts the pool as it is).
 
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use model::{JobId, Problem, Timestamp};
+use catalog::{AlertRow, Catalog, Derived, Filter, JobRow, Row, SqliteCatalog, Table};
+use model::{Code, JobId, Problem, Timestamp};
 use protocol::api::{Alert, Job, JobLogLine, Severity, Time};
+use serde::{Deserialize, Serialize};
+use storage_pool::{Damage, Pool};
 
-/// Keeps jobs, their logs and alerts.
-#[derive(Default)]
+/// Jobs and alerts that lists look at.
+const MOST: usize = 20_000;
+
+/// Keeps jobs, their logs and alerts, and what is derived from the pool.
 pub struct History {
     inner: Mutex<Inner>,
+    folder: PathBuf,
 }
 
-#[derive(Default)]
 struct Inner {
-    jobs: Vec<(Job, Vec<JobLogLine>)>,
-    alerts: Vec<Alert>,
+    catalog: Option<SqliteCatalog>,
+    /// A reader's copy of the database lies here and goes with it.
+    _copy: Option<tempfile::TempDir>,
+    writes: bool,
+    /// Head of the sequence that the derived tables show.
+    head: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct KeptJob {
+    job: Job,
+    log: Vec<JobLogLine>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    number: u64,
+    hash: String,
+}
+
+const HEAD: &str = "pool/head";
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn io_problem(path: &Path, action: &str, error: &std::io::Error) -> Problem {
+    Problem::new(Code::PoolIo, format!("{}: cannot {action}: {error}.", path.display()))
+        .about(path.display().to_string())
 }
 
 impl History {
+    /// Opens the catalog of a pool; the lines are for people.
+    ///
+    /// A writer gives the pool back what the copies of its records still know, and makes the derived tables again where
+    /// they are behind or were damaged. A reader looks at a copy and changes nothing.
+    pub fn open(folder: &Path, pool: &Pool, writes: bool) -> Result<(History, Vec<String>), Problem> {
+        let mut said = Vec::new();
+        if !writes {
+            let (catalog, copy) = open_copy(folder);
+            let inner = Inner { catalog, _copy: copy, writes: false, head: 0 };
+            return Ok((History { inner: Mutex::new(inner), folder: folder.to_owned() }, said));
+        }
+        let records = folder.join("records");
+        std::fs::create_dir_all(&records).map_err(|error| io_problem(&records, "create", &error))?;
+        let lost: Vec<u64> = pool.state().unreadable.iter().map(|record| record.number).collect();
+        for number in lost {
+            let copy = std::fs::read(record_path(folder, number)).unwrap_or_default();
+            if pool.restore_record(number, &copy).map_err(jobs::problem::pool)? {
+                said.push(format!(
+                    "record {number} of the pool was damaged and is restored from its copy in {}",
+                    records.display()
+                ));
+            }
+        }
+        let opened = SqliteCatalog::open(folder).map_err(Problem::from)?;
+        if let Some(reason) = &opened.rebuilt {
+            said.push(format!("the catalog is made again from the pool: {reason}"));
+        }
+        said.extend(opened.mended);
+        let known: Option<Head> = opened
+            .catalog
+            .get(Table::Settings, HEAD)
+            .map_err(Problem::from)?
+            .and_then(|row| serde_json::from_str(&row.json).ok());
+        let state = pool.state();
+        if let Some(known) = &known {
+            let behind = known.number > state.head;
+            let other = known.number == state.head
+                && known.hash != hex(&state.head_hash)
+                && !state.unreadable.iter().any(|record| record.number == state.head);
+            if behind || other {
+                return Err(Problem::new(
+                    Code::PoolRolledBack,
+                    format!(
+                        "The pool's last record is number {}, it had {} before: an old copy was put back, or files were lost.",
+                        state.head, known.number
+                    ),
+                )
+                .about(pool.path()));
+            }
+        }
+        drop(state);
+        let head = known.map_or(0, |head| head.number);
+        let inner = Inner { catalog: Some(opened.catalog), _copy: None, writes: true, head };
+        let history = History { inner: Mutex::new(inner), folder: folder.to_owned() };
+        history.sync(pool)?;
+        Ok((history, said))
+    }
+
+    /// Forgets what is derived, so that the next opening takes the pool as it is now. For `catalog rebuild` of a pool
+    /// that was rolled back: whatever change lists are against may be gone, so none is trusted until everything was read.
+    pub fn accept(folder: &Path, pool: &Pool) -> Result<(), Problem> {
+        let head = pool.state().head;
+        pool.put_document(jobs::synchronize::DOUBT_DOCUMENT, Some(head.to_string().as_bytes()))
+            .map_err(jobs::problem::pool)?;
+        let opened = SqliteCatalog::open(folder).map_err(Problem::from)?;
+        opened.catalog.remove(Table::Settings, HEAD).map_err(Problem::from)?;
+        // Copies of records that the pool does not have any more would stand in the way of new ones.
+        let records = folder.join("records");
+        if records.exists() {
+            std::fs::remove_dir_all(&records).map_err(|error| io_problem(&records, "remove", &error))?;
+        }
+        opened.catalog.close().map_err(Problem::from)
+    }
+
+    /// Brings derived tables and copies of records up to the pool's head.
+    pub fn sync(&self, pool: &Pool) -> Result<(), Problem> {
+        let mut inner = self.inner();
+        let head = pool.state().head;
+        if !inner.writes || inner.head == head {
+            return Ok(());
+        }
+        let records = self.folder.join("records");
+        for number in 1..=head {
+            let path = record_path(&self.folder, number);
+            if number <= inner.head && path.exists() {
+                continue;
+            }
+            // A copy is a help, not a promise: what cannot be copied is simply not there.
+            if let Ok(bytes) = pool.record_bytes(number)
+                && pool.is_record(number, &bytes)
+            {
+                let _ = std::fs::create_dir_all(&records);
+                let _ = std::fs::write(&path, bytes);
+            }
+        }
+        if let Some(catalog) = &inner.catalog {
+            catalog.replace_derived(&derived(pool)?).map_err(Problem::from)?;
+        }
+        inner.head = head;
+        Ok(())
+    }
+
+    /// The derived tables, and what they should be: equal text, equal tables.
+    pub fn rebuild(&self, pool: &Pool) -> Result<Vec<String>, Problem> {
+        let inner = self.inner();
+        let Some(catalog) = &inner.catalog else { return Ok(Vec::new()) };
+        let before = catalog.derived_dump().map_err(Problem::from)?;
+        catalog.replace_derived(&derived(pool)?).map_err(Problem::from)?;
+        let after = catalog.derived_dump().map_err(Problem::from)?;
+        Ok(vec![if before == after {
+            "The derived tables were equal to what the pool says.".to_owned()
+        } else {
+            "The derived tables differed from what the pool says and are made again.".to_owned()
+        }])
+    }
+
+    /// The derived tables as one text.
+    pub fn dump(&self) -> Result<String, Problem> {
+        match &self.inner().catalog {
+            Some(catalog) => catalog.derived_dump().map_err(Problem::from),
+            None => Ok(String::new()),
+        }
+    }
+
+    /// Damaged copies of records; each is made again.
+    pub fn examine(&self, pool: &Pool) -> Vec<Damage> {
+        let inner = self.inner();
+        let mut damage = Vec::new();
+        for number in 1..=pool.state().head {
+            let path = record_path(&self.folder, number);
+            let Ok(bytes) = std::fs::read(&path) else { continue };
+            if pool.is_record(number, &bytes) {
+                continue;
+            }
+            damage.push(Damage::File {
+                path: path.display().to_string(),
+                offset: 0,
+                reason: "this copy of a record of the pool is damaged; it is copied again".to_owned(),
+                derived: true,
+            });
+            if inner.writes
+                && let Ok(good) = pool.record_bytes(number)
+                && pool.is_record(number, &good)
+            {
+                let _ = std::fs::write(&path, good);
+            }
+        }
+        damage
+    }
+
+    /// Closes the catalog in order.
+    pub fn close(&self, pool: &Pool) -> Result<(), Problem> {
+        self.sync(pool)?;
+        match self.inner().catalog.take() {
+            Some(catalog) => catalog.close().map_err(Problem::from),
+            None => Ok(()),
+        }
+    }
+
     /// Keeps an ended job with its log.
     pub fn keep(&self, job: Job, log: Vec<JobLogLine>) {
-        self.inner().jobs.push((job, log));
+        let inner = self.inner();
+        let Some(catalog) = inner.catalog.as_ref().filter(|_| inner.writes) else { return };
+        let row = JobRow {
+            id: job.id.to_string(),
+            created: job.created_at.0.0,
+            state: job.state.word().to_owned(),
+            datasource: job.datasource.map(|id| id.to_string()).unwrap_or_default(),
+            json: serde_json::to_string(&KeptJob { job, log }).unwrap_or_default(),
+        };
+        if let Err(error) = catalog.put_job(&row) {
+            tracing::warn!("job {} is not in the history: {error}", row.id);
+        }
     }
 
-    /// Takes note of a committed point.
-    pub fn keep_point(&self, _point: &storage_pool::state::Point) {}
-
-    /// Makes everything derived again from the pool; lines for the log.
-    pub fn rebuild(&self, _app: &super::App) -> Result<Vec<String>, Problem> {
-        Ok(Vec::new())
-    }
-
-    /// Ended jobs, oldest first.
+    /// Ended jobs, newest first.
     pub fn jobs(&self) -> Vec<Job> {
-        self.inner().jobs.iter().map(|(job, _)| job.clone()).collect()
+        let inner = self.inner();
+        let Some(catalog) = &inner.catalog else { return Vec::new() };
+        let mut jobs: Vec<Job> = Vec::new();
+        let mut before: Option<(u64, String)> = None;
+        while jobs.len() < MOST {
+            let place = before.as_ref().map(|(time, id)| (*time, id.as_str()));
+            let Ok(rows) = catalog.jobs(Filter::default(), place, 1000) else { break };
+            let Some(last) = rows.last() else { break };
+            before = Some((last.created, last.id.clone()));
+            jobs.extend(
+                rows.iter()
+                    .filter_map(|row| serde_json::from_str::<KeptJob>(&row.json).ok())
+                    .map(|kept| kept.job),
+            );
+        }
+        jobs
+    }
+
+    fn kept(&self, id: JobId) -> Option<KeptJob> {
+        let inner = self.inner();
+        let row = inner.catalog.as_ref()?.job(&id.to_string()).ok()??;
+        serde_json::from_str(&row.json).ok()
+    }
+
+    /// An ended job.
+    pub fn job(&self, id: JobId) -> Option<Job> {
+        self.kept(id).map(|kept| kept.job)
     }
 
     /// The log of an ended job.
     pub fn log(&self, id: JobId) -> Option<Vec<JobLogLine>> {
-        self.inner().jobs.iter().find(|(job, _)| job.id == id).map(|(_, log)| log.clone())
+        self.kept(id).map(|kept| kept.log)
     }
 
     /// Raises an alert, unless the same one stands open.
     pub fn raise(&self, severity: Severity, problem: &Problem, now: Timestamp) {
-        let mut inner = self.inner();
-        let stands = inner.alerts.iter().any(|alert| {
+        let stands = self.alerts().iter().any(|alert| {
             alert.acknowledged_at.is_none()
                 && alert.code == Some(problem.code)
                 && alert.message == problem.message
@@ -52,9 +280,8 @@ impl History {
         if stands {
             return;
         }
-        let id = inner.alerts.len() as u64 + 1;
-        inner.alerts.push(Alert {
-            id,
+        self.put_alert(Alert {
+            id: 0,
             severity,
             code: Some(problem.code),
             message: problem.message.clone(),
@@ -64,20 +291,136 @@ impl History {
         });
     }
 
+    fn put_alert(&self, alert: Alert) {
+        let inner = self.inner();
+        let Some(catalog) = inner.catalog.as_ref().filter(|_| inner.writes) else { return };
+        let row = AlertRow {
+            number: alert.id,
+            acknowledged: alert.acknowledged_at.is_some(),
+            json: serde_json::to_string(&alert).unwrap_or_default(),
+        };
+        if let Err(error) = catalog.put_alert(&row) {
+            tracing::warn!("an alert is not in the history: {error}: {}", alert.message);
+        }
+    }
+
     /// Alerts, oldest first.
     pub fn alerts(&self) -> Vec<Alert> {
-        self.inner().alerts.clone()
+        let inner = self.inner();
+        let Some(catalog) = &inner.catalog else { return Vec::new() };
+        let rows = catalog.alerts(true, None, MOST as u32).unwrap_or_default();
+        let mut alerts: Vec<Alert> = rows
+            .iter()
+            .filter_map(|row| {
+                let alert: Alert = serde_json::from_str(&row.json).ok()?;
+                Some(Alert { id: row.number, ..alert })
+            })
+            .collect();
+        alerts.reverse();
+        alerts
     }
 
     /// Takes note of an alert.
     pub fn acknowledge(&self, id: u64, now: Timestamp) -> Option<Alert> {
-        let mut inner = self.inner();
-        let alert = inner.alerts.iter_mut().find(|alert| alert.id == id)?;
-        alert.acknowledged_at.get_or_insert(Time(now));
-        Some(alert.clone())
+        let mut alert = self.alerts().into_iter().find(|alert| alert.id == id)?;
+        if alert.acknowledged_at.is_none() {
+            alert.acknowledged_at = Some(Time(now));
+            self.put_alert(alert.clone());
+        }
+        Some(alert)
     }
 
-    fn inner(&self) -> std::sync::MutexGuard<'_, Inner> {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn record_path(folder: &Path, number: u64) -> PathBuf {
+    folder.join("records").join(format!("{number:016x}.record"))
+}
+
+/// A reader's own copy of the database, so that it neither disturbs a writer nor writes beside a read-only pool.
+fn open_copy(folder: &Path) -> (Option<SqliteCatalog>, Option<tempfile::TempDir>) {
+    let copy = || -> std::io::Result<tempfile::TempDir> {
+        let copy = tempfile::tempdir()?;
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                std::fs::copy(entry.path(), copy.path().join(entry.file_name()))?;
+            }
+        }
+        Ok(copy)
+    };
+    // Without a catalog, or while a writer changes it under the copy, lists of jobs are empty: everything else comes from
+    // the pool.
+    let Ok(copy) = copy() else { return (None, None) };
+    match SqliteCatalog::open(copy.path()) {
+        Ok(opened) => (Some(opened.catalog), Some(copy)),
+        Err(_) => (None, None),
+    }
+}
+
+/// The derived tables as a pure function of the pool.
+fn derived(pool: &Pool) -> Result<Derived, Problem> {
+    let state = pool.state();
+    let internal =
+        |error: serde_json::Error| Problem::new(Code::Internal, format!("A row cannot be written: {error}."));
+    let mut rows = Vec::new();
+    for (name, bytes) in &state.documents {
+        let table = match name.split('/').next() {
+            Some("datasource") => Table::Datasources,
+            Some("host") => Table::Hosts,
+            // Keys and tokens stay in the pool, sealed; the catalog is not.
+            Some("server" | "token" | "api-token") => continue,
+            _ => Table::Settings,
+        };
+        let key = name.split_once('/').map_or(name.as_str(), |(_, key)| key).to_owned();
+        let json = String::from_utf8_lossy(bytes).into_owned();
+        rows.push((table, Row { key, owner: String::new(), order: 0, json }));
+    }
+    let mut newest = std::collections::BTreeMap::new();
+    for point in state.in_order() {
+        let json = serde_json::json!({
+            "machine": point.machine,
+            "host": point.host,
+            "captured": point.captured,
+            "consistency": point.consistency,
+            "base": point.base,
+            "cause": point.cause,
+            "disks": point.disks.iter().map(|disk| serde_json::json!({
+                "index": disk.index, "size": disk.size, "sector": disk.sector, "full_compare": disk.full_compare,
+            })).collect::<Vec<_>>(),
+            "figures": point.figures,
+            "deleted": point.deleted,
+            "suspect": point.suspect,
+            "verified": point.verified,
+            "incomplete": point.incomplete,
+        });
+        let json = serde_json::to_string(&json).map_err(internal)?;
+        let (key, owner) = (point.id.to_string(), point.datasource.to_string());
+        newest.insert(owner.clone(), key.clone());
+        rows.push((Table::Points, Row { key, owner, order: point.number, json }));
+    }
+    for (datasource, point) in newest {
+        rows.push((
+            Table::Replicas,
+            Row {
+                key: datasource.clone(),
+                owner: datasource,
+                order: 0,
+                json: format!("{{\"point\":\"{point}\"}}"),
+            },
+        ));
+    }
+    let head = Head { number: state.head, hash: hex(&state.head_hash) };
+    rows.push((
+        Table::Settings,
+        Row {
+            key: HEAD.to_owned(),
+            owner: String::new(),
+            order: 0,
+            json: serde_json::to_string(&head).map_err(internal)?,
+        },
+    ));
+    Ok(Derived { rows })
 }

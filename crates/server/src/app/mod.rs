@@ -112,6 +112,13 @@ impl App {
         &self.runner
     }
 
+    /// Ends in order: the catalog is brought up to the pool and closed.
+    pub fn close(&self) {
+        if let Err(problem) = self.parts.history.close(self.pool()) {
+            tracing::warn!("the catalog was not closed in order: {problem}");
+        }
+    }
+
     pub(crate) fn forget_damaged(&self) {
         *self.damaged.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

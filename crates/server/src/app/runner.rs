@@ -226,7 +226,7 @@ impl Runner {
     pub fn events(&self, id: JobId, after: u64, wait: Duration) -> Option<JobEvents> {
         let running = self.shared.running().jobs.get(&id).cloned();
         let Some(job) = running else {
-            let ended = self.shared.history.jobs().into_iter().find(|job| job.id == id)?;
+            let ended = self.shared.history.job(id)?;
             let log = self.shared.history.log(id).unwrap_or_default();
             // The log lines of an ended job are numbered as the events they were, which nobody kept: all are given to
             // whoever starts, none to whoever goes on and saw them.

@@ -186,7 +186,7 @@ impl App {
                     ));
                 }
                 app.forget_damaged();
-                app.parts.history.keep_point(&outcome.point);
+                app.parts.history.sync(app.pool())?;
                 Ok(Done { figures, warnings })
             }),
         )
@@ -356,7 +356,8 @@ impl App {
         if steer.is_cancelled() {
             return Err(jobs::problem::cancelled());
         }
-        report.damage.extend(self.parts.folder.examine(self.pool()));
+        report.damage.extend(self.parts.folder.examine());
+        report.damage.extend(self.parts.history.examine(self.pool()));
         self.forget_damaged();
         for damage in &report.damage {
             let line = super::mapping::damage(damage);
@@ -455,7 +456,7 @@ impl App {
     }
 
     fn rebuild_catalog(&self, job: &RunningJob) -> Result<Done, Problem> {
-        let lines = self.parts.history.rebuild(self)?;
+        let lines = self.parts.history.rebuild(self.pool())?;
         for line in lines {
             job.log(LogLevel::Info, line);
         }
