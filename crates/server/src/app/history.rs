@@ -83,7 +83,9 @@ impl History {
             }
         }
         let opened = SqliteCatalog::open(folder).map_err(Problem::from)?;
-        if let Some(reason) = &opened.rebuilt {
+        // A pool that was made just now has no catalog yet, and nothing to say about that.
+        let is_new = pool.state().points.is_empty() && pool.state().documents.is_empty();
+        if let Some(reason) = opened.rebuilt.as_ref().filter(|_| !is_new) {
             said.push(format!("the catalog is made again from the pool: {reason}"));
         }
         said.extend(opened.mended);

@@ -1,0 +1,154 @@
+//! The deletion service: a process of its own, the only one that unlinks anything of a pool (INV-15).
+//!
+//! It is this same program under a word that no user types. It is started before the writer gives up the right to
+//! remove, waits on its standard input, and ends when that is closed. For each line `{"permit":N|null,"runs":[..]}` it
+//! reads the permit from the pool by itself, unlinks exactly what that names, and answers with a line: empty for done, or
+//! why not. Told nothing but numbers, it cannot be talked into more.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use environment::FolderFiles;
+use model::{Code, Problem};
+use serde::{Deserialize, Serialize};
+use server::app::{DataFolder, read_secret};
+use storage_pool::PoolError;
+use storage_pool::reclaim::{DeletionService, run_deletion_service};
+
+/// The first argument of a deletion service; the second is the data folder.
+pub const WORD: &str = "__deletion-service";
+
+#[derive(Serialize, Deserialize)]
+struct Order {
+    permit: Option<u64>,
+    runs: Vec<u64>,
+}
+
+/// The process.
+pub fn main() -> ExitCode {
+    let Some(root) = std::env::args_os().nth(2).map(PathBuf::from) else { return ExitCode::from(2) };
+    let mut answers = std::io::stdout();
+    for line in std::io::stdin().lock().lines() {
+        let Ok(line) = line else { break };
+        let answer = match carry_out(&root, &line) {
+            Ok(()) => String::new(),
+            Err(reason) => reason.replace('\n', " "),
+        };
+        if writeln!(answers, "{answer}").and_then(|()| answers.flush()).is_err() {
+            break;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn carry_out(root: &Path, line: &str) -> Result<(), String> {
+    let order: Order = serde_json::from_str(line).map_err(|error| error.to_string())?;
+    let (recipient, _, _) = read_secret(root).map_err(|problem| problem.message)?;
+    let files = Arc::new(FolderFiles::new(DataFolder::new(root).pool()));
+    let world = crate::standalone::world_of(files.clone());
+    run_deletion_service(&world, &*files, &recipient, order.permit, &order.runs)
+        .map_err(|error| error.to_string())
+}
+
+struct Running {
+    child: Child,
+    orders: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+/// A running deletion service, as the writer talks to it.
+pub struct ChildDeletion {
+    running: Mutex<Running>,
+}
+
+impl ChildDeletion {
+    /// Starts the service of a data folder.
+    pub fn start(root: &Path) -> Result<ChildDeletion, Problem> {
+        let failed = |error: std::io::Error| {
+            Problem::new(Code::Internal, format!("The deletion service cannot be started: {error}."))
+        };
+        let mut child = Command::new(std::env::current_exe().map_err(failed)?)
+            .arg(WORD)
+            .arg(root)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let (orders, answers) = (child.stdin.take(), child.stdout.take());
+        let answers = answers.ok_or_else(|| failed(std::io::Error::other("no pipe")))?;
+        Ok(ChildDeletion { running: Mutex::new(Running { child, orders, answers: BufReader::new(answers) }) })
+    }
+}
+
+impl DeletionService for ChildDeletion {
+    fn carry_out(&self, permit: Option<u64>, runs: &[u64]) -> Result<(), PoolError> {
+        let failed = |source: std::io::Error| PoolError::Io {
+            path: "the deletion service".to_owned(),
+            action: "reach",
+            source,
+        };
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let order = Order { permit, runs: runs.to_vec() };
+        let line = serde_json::to_string(&order).map_err(|error| failed(std::io::Error::other(error)))?;
+        let orders = running.orders.as_mut().ok_or_else(|| failed(std::io::ErrorKind::BrokenPipe.into()))?;
+        writeln!(orders, "{line}").and_then(|()| orders.flush()).map_err(failed)?;
+        let mut answer = String::new();
+        if running.answers.read_line(&mut answer).map_err(failed)? == 0 {
+            return Err(failed(std::io::ErrorKind::UnexpectedEof.into()));
+        }
+        match answer.trim() {
+            "" => Ok(()),
+            reason => Err(PoolError::Misuse(format!("the deletion service refused: {reason}"))),
+        }
+    }
+}
+
+impl Drop for ChildDeletion {
+    fn drop(&mut self) {
+        let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
+        running.orders = None;
+        let _ = running.child.wait();
+    }
+}
+
+/// For processes that never reclaim.
+pub struct NoDeletion;
+
+impl DeletionService for NoDeletion {
+    fn carry_out(&self, _permit: Option<u64>, _runs: &[u64]) -> Result<(), PoolError> {
+        Err(PoolError::ReadOnly)
+    }
+}
+
+/// Takes from this thread, and every one it starts later, the right to remove or truncate anything outside `allowed`.
+/// Returns whether the kernel enforces it; where it cannot, the caller says so.
+///
+/// For a server on the network, which has no other business with files. Standalone the agent shares the process and
+/// must remove its own scratch files wherever images lie, so there the separate process is the only wall.
+#[cfg(target_os = "linux")]
+pub fn give_up_removal(allowed: &[PathBuf]) -> bool {
+    use landlock::{
+        ABI, AccessFs, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
+    };
+    let removal =
+        AccessFs::RemoveFile | AccessFs::RemoveDir | (AccessFs::from_write(ABI::V3) & AccessFs::Truncate);
+    let restrict = || -> Result<bool, landlock::RulesetError> {
+        let mut rules = Ruleset::default().handle_access(removal)?.create()?;
+        for path in allowed {
+            // A folder that is not there yet needs no right.
+            if let Ok(fd) = PathFd::new(path) {
+                rules = rules.add_rule(PathBeneath::new(fd, removal))?;
+            }
+        }
+        Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
+    };
+    restrict().unwrap_or(false)
+}
+
+/// Not on this system.
+#[cfg(not(target_os = "linux"))]
+pub fn give_up_removal(_allowed: &[PathBuf]) -> bool {
+    false
+}

@@ -1,0 +1,162 @@
+//! Server and agent in this one process, on a data folder.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent::Host;
+use environment::{Clock, FolderFiles, SystemClock, SystemRandomness};
+use model::{Code, PoolId, Problem};
+use server::app::{App, AppService, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts};
+use storage_pool::{Settings, World};
+
+use crate::deletion::{ChildDeletion, NoDeletion};
+use crate::local_host::OnlyThisMachine;
+
+/// The world around the files of a pool: the machine's own clock and randomness.
+pub fn world_of(files: Arc<FolderFiles>) -> World {
+    World { files, clock: Arc::new(SystemClock), randomness: Arc::new(SystemRandomness) }
+}
+
+/// What this machine calls itself.
+pub fn machine_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// How long `--wait` waits between two tries.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Settings of a new pool: the safe defaults, changed only where somebody said so.
+pub fn settings(create: &cli::program::PoolCreation) -> NewPool {
+    let default = Settings::default();
+    NewPool {
+        settings: Settings {
+            soft_delete: create.soft_delete_seconds.unwrap_or(default.soft_delete),
+            reclaim_hold: create.reclaim_hold_seconds.unwrap_or(default.reclaim_hold),
+            floor_points: create.floor_points.unwrap_or(default.floor_points),
+            floor_age: create.floor_seconds.unwrap_or(default.floor_age),
+            // Whoever holds nothing back has chosen to: the breaker would only stand in the way of tests.
+            breaker_percent: if create.soft_delete_seconds == Some(0)
+                && create.reclaim_hold_seconds == Some(0)
+            {
+                100
+            } else {
+                default.breaker_percent
+            },
+            zstd_level: default.zstd_level,
+        },
+        kit: create.recovery_kit.clone(),
+    }
+}
+
+/// A data folder opened in this process.
+pub struct Running {
+    /// The server.
+    pub app: Arc<App>,
+    /// The kit that was written, if the pool was made just now.
+    pub created_kit: Option<PathBuf>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.app.runner().stop();
+        self.app.close();
+    }
+}
+
+/// Opens a data folder, or makes it.
+pub fn open(
+    root: &Path,
+    create: Option<NewPool>,
+    pool: Option<PoolId>,
+    writes: bool,
+    wait: bool,
+) -> Result<Running, Problem> {
+    let folder = DataFolder::new(root);
+    let world = world_of(Arc::new(FolderFiles::new(folder.pool())));
+    let options = FolderOptions { create, pool, writes };
+    let name = machine_name();
+    let opened = loop {
+        match folder.open(&world, &options, &name) {
+            Err(problem) if wait && problem.code == Code::PoolBusy => SystemClock.sleep(RETRY),
+            other => break other?,
+        }
+    };
+    start(folder, opened, writes)
+}
+
+/// Puts a server together over an opened folder.
+fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Problem> {
+    let clock = Arc::new(SystemClock);
+    let randomness = Arc::new(SystemRandomness);
+    let deletion: Arc<dyn storage_pool::reclaim::DeletionService + Send + Sync> =
+        if writes { Arc::new(ChildDeletion::start(&folder.root)?) } else { Arc::new(NoDeletion) };
+    let (history, said) = History::open(&folder.catalog(), &opened.pool, writes)?;
+    let app = App::new(Parts {
+        folder,
+        pool: opened.pool,
+        hosts: Arc::new(OnlyThisMachine::new(Arc::new(Host::new(clock.clone(), randomness.clone())))),
+        tokens: Arc::new(NoTokens),
+        deletion,
+        history: Arc::new(history),
+        clock,
+        randomness,
+    });
+    for line in opened.damage.iter().map(describe).chain(said) {
+        eprintln!("warning: {line}");
+    }
+    Ok(Running { app, created_kit: opened.created_kit })
+}
+
+/// A pool alone, for recovery with a kit: nothing is written anywhere.
+pub fn break_glass(pool: &Path, kit: &Path) -> Result<Running, Problem> {
+    let kit = server::app::open_kit(kit)?;
+    // Both the pool's own folder and a data folder around it are understood: this is no time for fine points.
+    let inside = pool.join("pool");
+    let root = if !pool.join("pool.stillpoint").exists() && inside.join("pool.stillpoint").exists() {
+        inside
+    } else {
+        pool.to_owned()
+    };
+    let world = world_of(Arc::new(FolderFiles::new(&root)));
+    let opened =
+        storage_pool::Pool::open(world, &kit.recipient, storage_pool::Access::Read).map_err(|error| {
+            let problem = jobs::problem::pool(error);
+            if problem.code == Code::DataFolderMissing {
+                problem.hint("Give the folder that holds pool.stillpoint.")
+            } else {
+                problem
+            }
+        })?;
+    if let Some(damage) = &kit.damage {
+        eprintln!("warning: the recovery kit is damaged but still serves: {damage}");
+    }
+    let damage = opened.notes().to_vec();
+    start(
+        DataFolder::new(root),
+        Opened { pool: Arc::new(opened), recipient: kit.recipient, created_kit: None, damage },
+        false,
+    )
+}
+
+fn describe(damage: &storage_pool::Damage) -> String {
+    match damage {
+        storage_pool::Damage::File { path, offset, reason, derived: true } => {
+            format!("{path}: byte {offset}: {reason}; it is made again from the packs.")
+        }
+        storage_pool::Damage::File { path, offset, reason, derived: false } => {
+            format!("{path}: byte {offset}: {reason}.")
+        }
+        storage_pool::Damage::Point { point, machine, disk, range, reason } => {
+            format!(
+                "point {point} of {machine}: disk {disk}: bytes {}..{}: {reason}.",
+                range.start, range.end
+            )
+        }
+    }
+}
+
+/// The API of a running server.
+pub fn service(running: &Running) -> Arc<AppService> {
+    Arc::new(AppService(running.app.clone()))
+}
