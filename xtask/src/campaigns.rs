@@ -16,4 +16,39 @@ pub struct Campaign {
 }
 
 /// All campaigns.
-pub const CAMPAIGNS: &[Campaign] = &[];
+pub const CAMPAIGNS: &[Campaign] = &[
+    Campaign {
+        name: "storage pool: lives with crashes and faults",
+        cargo: &[
+            "run",
+            "-q",
+            "--locked",
+            "-p",
+            "storage-pool",
+            "--example",
+            "simulate",
+            "--",
+            "--seconds",
+            "15",
+        ],
+        limit: Duration::from_secs(300),
+    },
+    Campaign {
+        name: "storage pool: flipped bits of every file",
+        cargo: &[
+            "run",
+            "-q",
+            "--locked",
+            "-p",
+            "storage-pool",
+            "--example",
+            "rot",
+            "--",
+            "--first",
+            "3",
+            "--step",
+            "11",
+        ],
+        limit: Duration::from_secs(300),
+    },
+];

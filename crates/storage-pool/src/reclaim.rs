@@ -451,7 +451,7 @@ impl Pool {
 
     /// Carries out permits that a crash interrupted.
     fn finish_permits(
-        &self,
+        self: &Arc<Self>,
         options: ReclaimOptions,
         service: &dyn DeletionService,
     ) -> Result<(), PoolError> {
@@ -463,6 +463,21 @@ impl Pool {
         for pack in self.index().leftovers() {
             if let Some(permit) = state.permitted.get(pack) {
                 open.entry(*permit).or_default().push(*pack);
+            }
+        }
+        if !open.is_empty() {
+            // A writer that could not read the permit may have shared what it names since.
+            let marks = self.mark()?;
+            for pack in open.values().flatten() {
+                let Ok(table) = packs::read_table(&*self.world.files, &self.keys, *pack) else { continue };
+                for entry in table.table.iter().filter(|entry| marks.chunks.contains(&entry.id)) {
+                    let places = self.find(&entry.id)?;
+                    if !places.iter().any(|place| state.is_healthy(place.pack, place.frame())) {
+                        let reason =
+                            format!("a point needs chunk {} of pack {pack}, which has a permit", entry.id);
+                        return Err(PoolError::Stopped { reason });
+                    }
+                }
             }
         }
         for (permit, packs) in open {

@@ -107,13 +107,17 @@ impl Pool {
                 Depth::Structure => self.examine_structure(*id),
                 Depth::ReadData => self.examine_data(*id, info.domain, info.kind)?,
             };
+            if depth == Depth::ReadData {
+                // What was recorded may have been one failed read; what counts is what was read now.
+                bad.remove(id);
+            }
             report.packs += 1;
             report.bytes_read += found.read;
             done += info.length;
             if !found.damage.is_empty() {
                 // A pack whose table is damaged still serves its frames; one of which the frames cannot be found does not.
                 let is_new = found.frames.iter().any(|frame| state.is_healthy(*id, *frame))
-                    || found.is_lost && bad.get(id).is_none_or(|frames| !frames.is_empty());
+                    || found.is_lost && state.damaged.get(id).is_none_or(|frames| !frames.is_empty());
                 report.damage.extend(found.damage.iter().cloned());
                 let entry = bad.entry(*id).or_default();
                 if found.is_lost {
@@ -263,9 +267,6 @@ impl Pool {
         };
         self.forget_pack(id);
         for (frame, chunks) in places {
-            if examined.frames.contains(&frame) {
-                continue;
-            }
             let Some((_, first)) = chunks.first() else { continue };
             let reason = match self.reader.decoded(*first, domain, kind) {
                 Err(error) => Some(error.to_string()),
@@ -277,9 +278,16 @@ impl Pool {
                         .then(|| format!("the chunk in place {} is not {chunk}", place.slot()))
                 }),
             };
-            if let Some(reason) = reason {
-                examined.damage.push(damage(u64::from(frame), reason));
-                examined.frames.insert(frame);
+            match reason {
+                Some(reason) => {
+                    if examined.frames.insert(frame) {
+                        examined.damage.push(damage(u64::from(frame), reason));
+                    }
+                }
+                // Rot in its padding or in the hash for those without a key: told above, and costs nobody anything.
+                None => {
+                    examined.frames.remove(&frame);
+                }
             }
         }
         Ok(examined)

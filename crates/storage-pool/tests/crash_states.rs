@@ -1,0 +1,346 @@
+//! Every crash site of every operation, and the states that storage may be in there (INV-1..4).
+//!
+//! A workload is a pool prepared for one operation. It runs once to count its sites, then once for each site; each
+//! state after that is opened, with a further cut at some of the sites of the opening, and held against the ledger.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod rig;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use environment::simulated::{SimulatedFiles, Snapshot};
+use model::RecoveryPointId;
+use rig::{Content, Order, Rig, is_exact, store};
+use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::verify::Depth;
+use storage_pool::{Pool, PoolError, Settings};
+
+/// Crash states looked at for each site.
+const STATES: usize = 6;
+
+fn settings() -> Settings {
+    Settings { reclaim_hold: 0, ..Settings::without_safety() }
+}
+
+fn id(n: u8) -> RecoveryPointId {
+    RecoveryPointId([n; 16])
+}
+
+fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
+    Order {
+        id: id(n),
+        datasource: 1,
+        base: base.map(id),
+        blocks: 5,
+        changes: changes.iter().copied().collect(),
+    }
+}
+
+struct Prepared {
+    rig: Rig,
+    snapshot: Snapshot,
+    /// Points that are there before, and must be exact after.
+    ledger: BTreeMap<RecoveryPointId, Content>,
+    /// Points that may be there after: whole or not at all; the operation's own and those it removes.
+    doubtful: BTreeMap<RecoveryPointId, Content>,
+}
+
+/// Two points that share, ready for anything.
+fn prepare() -> Prepared {
+    let rig = Rig::new(1, settings());
+    let pool = rig.writer(1).unwrap();
+    let first = order(1, None, &[(0, 1), (1, 2), (4, 3)]);
+    let second = order(2, Some(1), &[(1, 4)]);
+    store(&pool, &first).unwrap();
+    store(&pool, &second).unwrap();
+    pool.put_document("policy", Some(b"one")).unwrap();
+    drop(pool);
+    let mut both = first.changes.clone();
+    both.extend(&second.changes);
+    Prepared {
+        snapshot: rig.files.snapshot(),
+        rig,
+        ledger: BTreeMap::from([(id(1), first.changes), (id(2), both)]),
+        doubtful: BTreeMap::new(),
+    }
+}
+
+/// Runs `operation` once for each crash site and looks at the states. `done` tells from a reopened pool whether an
+/// acknowledged operation is there. Returns how many states were looked at.
+fn every_crash(
+    prepared: &Prepared,
+    operation: &dyn Fn(&Rig) -> Result<(), PoolError>,
+    done: &dyn Fn(&Arc<Pool>) -> bool,
+) -> u64 {
+    let fresh = |seed: u64| prepared.rig.on(SimulatedFiles::from_snapshot(seed, &prepared.snapshot));
+    let rig = fresh(0);
+    operation(&rig).unwrap();
+    let sites = rig.files.operations();
+    assert!(done(&rig.reader().unwrap()));
+    let mut looked_at = 0;
+    for site in 1..=sites + 1 {
+        let rig = fresh(site);
+        rig.files.crash_at(site);
+        let is_acknowledged = operation(&rig).is_ok();
+        assert_eq!(is_acknowledged, site > sites, "site {site} of {sites}");
+        for (number, state) in rig.files.crash_states(STATES).states.iter().enumerate() {
+            let told = format!("site {site} of {sites}, state {number}");
+            let again = prepared.rig.on(SimulatedFiles::from_snapshot(site, state));
+            // A cut while coming back, at another site each time.
+            again.files.crash_at(1 + (site * 7 + number as u64 * 13) % 60);
+            drop(again.writer(1));
+            again.files.reboot(site);
+            let pool = again.writer(1).unwrap_or_else(|error| panic!("{told}: {error}"));
+            assert!(pool.notes().iter().all(is_derived), "{told}: {:?}", pool.notes());
+            assert!(pool.state().unreadable.is_empty(), "{told}");
+            look(prepared, &pool, &told);
+            assert!(!is_acknowledged || done(&pool), "{told}: acknowledged and gone");
+            // The operation can be done again, or go on.
+            drop(pool);
+            if number == 0 {
+                let _ = operation(&again);
+                let pool = again.writer(1).unwrap();
+                look(prepared, &pool, &told);
+                assert!(done(&pool), "{told}: not done by doing it again");
+                let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
+                assert!(report.damage.iter().all(is_derived), "{told}: {report:?}");
+            }
+            looked_at += 1;
+        }
+    }
+    looked_at
+}
+
+fn is_derived(damage: &storage_pool::Damage) -> bool {
+    matches!(damage, storage_pool::Damage::File { derived: true, .. })
+}
+
+fn look(prepared: &Prepared, pool: &Arc<Pool>, told: &str) {
+    for (id, content) in &prepared.ledger {
+        assert_eq!(is_exact(pool, *id, content), Ok(true), "{told}: {id}");
+    }
+    let there: Vec<RecoveryPointId> = pool.state().points.keys().copied().collect();
+    for id in there.iter().filter(|id| !prepared.ledger.contains_key(id)) {
+        let content = prepared.doubtful.get(id).unwrap_or_else(|| panic!("{told}: {id} out of nothing"));
+        let point = pool.point(*id).unwrap();
+        if !pool.state().is_expired(&point, 0) {
+            assert_eq!(is_exact(pool, *id, content), Ok(true), "{told}: {id}");
+        }
+    }
+}
+
+#[test]
+fn commit() {
+    let mut prepared = prepare();
+    let new = order(3, Some(2), &[(0, 5), (3, 6), (1, 0)]);
+    let mut content = prepared.ledger[&id(2)].clone();
+    content.extend(&new.changes);
+    prepared.doubtful.insert(id(3), content);
+    let states = every_crash(
+        &prepared,
+        &|rig| match store(&rig.writer(1)?, &new) {
+            // Done again after a crash that left it there.
+            Err(PoolError::Misuse(reason)) if reason.contains("exists") => Ok(()),
+            other => other,
+        },
+        &|pool| pool.point(id(3)).is_ok(),
+    );
+    assert!(states > 100, "{states}");
+}
+
+#[test]
+fn tombstone_and_undelete() {
+    let mut prepared = prepare();
+    prepared.doubtful.extend(prepared.ledger.remove_entry(&id(1)));
+    every_crash(&prepared, &|rig| rig.writer(1)?.delete_point(id(1), "test"), &|pool| {
+        pool.point(id(1)).unwrap().deleted.is_some()
+    });
+}
+
+/// Quarantine, copying, permit, unlinking and the new run, all in one reclaim without hold.
+#[test]
+fn reclaim() {
+    let mut prepared = prepare();
+    let rig = &prepared.rig;
+    let pool = rig.writer(1).unwrap();
+    // A pack of which little stays in use is rewritten.
+    store(&pool, &order(4, None, &[(0, 10), (1, 11), (2, 12), (3, 13), (4, 14)])).unwrap();
+    store(&pool, &order(5, None, &[(0, 10)])).unwrap();
+    pool.delete_point(id(4), "test").unwrap();
+    pool.delete_point(id(1), "test").unwrap();
+    drop(pool);
+    prepared.snapshot = rig.files.snapshot();
+    prepared.doubtful.extend(prepared.ledger.remove_entry(&id(1)));
+    prepared.doubtful.insert(id(4), Content::new());
+    prepared.ledger.insert(id(5), Content::from([(0, 10)]));
+    let before = prepared.snapshot.files().filter(|(name, _)| name.starts_with("packs/")).count();
+    let states = every_crash(
+        &prepared,
+        &|rig| rig.writer(1)?.reclaim(ReclaimOptions::default(), &rig.deletion()).map(drop),
+        &|pool| {
+            let space = pool.space().unwrap();
+            let permitted = pool.state().permitted.len();
+            permitted > 2 && space.quarantined == 0 && before > permitted
+        },
+    );
+    assert!(states > 100, "{states}");
+}
+
+#[test]
+fn document() {
+    let prepared = prepare();
+    every_crash(&prepared, &|rig| rig.writer(1)?.put_document("policy", Some(b"two")), &|pool| {
+        pool.document("policy").as_deref() == Some(b"two")
+    });
+}
+
+#[test]
+fn takeover() {
+    let prepared = prepare();
+    every_crash(&prepared, &|rig| rig.writer(2).map(drop), &|_| true);
+}
+
+#[test]
+fn damage_and_the_block_stored_again() {
+    let mut prepared = prepare();
+    let (name, length) = prepared
+        .snapshot
+        .files()
+        .filter(|(name, _)| name.starts_with("packs/"))
+        .max_by_key(|(_, bytes)| bytes.len())
+        .map(|(name, bytes)| (name.to_owned(), bytes.len()))
+        .unwrap();
+    assert!(length > 900);
+    let mut bytes = prepared.snapshot.get(&name).unwrap().to_vec();
+    bytes[64 + 100] ^= 1;
+    prepared.snapshot.insert(&name, bytes);
+    // The damage is older than the operation, so nothing is owed but that the new point is exact.
+    prepared.doubtful.insert(id(6), Content::from([(0, 1), (1, 2)]));
+    let old = std::mem::take(&mut prepared.ledger);
+    let new = order(6, None, &[(0, 1), (1, 2)]);
+    let fresh = |seed: u64| prepared.rig.on(SimulatedFiles::from_snapshot(seed, &prepared.snapshot));
+    let rig = fresh(0);
+    store(&rig.writer(1).unwrap(), &new).unwrap();
+    let sites = rig.files.operations();
+    for site in 1..=sites + 1 {
+        let rig = fresh(site);
+        rig.files.crash_at(site);
+        let is_acknowledged = rig.writer(1).and_then(|pool| store(&pool, &new)).is_ok();
+        rig.files.reboot(site);
+        let pool = rig.writer(1).unwrap();
+        if is_acknowledged || pool.point(id(6)).is_ok() {
+            assert_eq!(is_exact(&pool, id(6), &new.changes), Ok(true), "site {site}");
+        }
+        for (id, content) in &old {
+            assert_ne!(is_exact(&pool, *id, content), Ok(false), "site {site}");
+        }
+    }
+}
+
+#[test]
+fn restored_record() {
+    let mut prepared = prepare();
+    let pool = prepared.rig.writer(1).unwrap();
+    let number = pool.point(id(1)).unwrap().number;
+    let copy = pool.record_bytes(number).unwrap();
+    drop(pool);
+    let name = format!("sequence/{number:016x}.record");
+    prepared.rig.files.flip_bit(&name, 1000).unwrap();
+    prepared.snapshot = prepared.rig.files.snapshot();
+    prepared.doubtful.extend(prepared.ledger.remove_entry(&id(1)));
+    let fresh = |seed: u64| prepared.rig.on(SimulatedFiles::from_snapshot(seed, &prepared.snapshot));
+    let restore = |rig: &Rig| rig.writer(1)?.restore_record(number, &copy);
+    let rig = fresh(0);
+    assert!(restore(&rig).unwrap());
+    for site in 1..=rig.files.operations() + 1 {
+        let rig = fresh(site);
+        rig.files.crash_at(site);
+        let is_acknowledged = restore(&rig).is_ok();
+        rig.files.reboot(site);
+        let pool = rig.writer(1).unwrap();
+        look(&prepared, &pool, "restored");
+        assert!(!is_acknowledged || pool.point(id(1)).is_ok());
+        drop(pool);
+        restore(&rig).unwrap();
+        let pool = rig.writer(1).unwrap();
+        assert!(pool.state().unreadable.is_empty());
+        assert_eq!(is_exact(&pool, id(1), &prepared.doubtful[&id(1)]), Ok(true));
+    }
+}
+
+/// A creation that is cut off leaves no pool, or one that opens; it can be tried again in the same folder until then.
+#[test]
+fn creation() {
+    let create = |files: &SimulatedFiles| {
+        let template = Rig::new(3, settings());
+        let world = template.on(files.clone()).world();
+        Pool::create(world, settings(), [1; 16], "one", &mut |kit| Ok(kit.clone()))
+            .map(|created| created.server)
+    };
+    let files = SimulatedFiles::new(1);
+    create(&files).unwrap();
+    for site in 1..=files.operations() + 1 {
+        let files = SimulatedFiles::new(site);
+        files.crash_at(site);
+        let server = create(&files);
+        files.reboot(site);
+        match server {
+            Ok(server) => {
+                let rig = Rig { server, ..Rig::new(3, settings()) }.on(files);
+                assert!(rig.writer(1).is_ok());
+            }
+            Err(_) => match create(&files) {
+                Ok(_) | Err(PoolError::Exists { .. }) => {}
+                Err(error) => panic!("site {site}: {error}"),
+            },
+        }
+    }
+}
+
+/// Every call of a commit and of a reclaim fails once, in every way (INV-5).
+#[test]
+fn every_call_fails_once() {
+    use environment::simulated::{Failure, When};
+    let prepared = prepare();
+    let new = order(3, Some(2), &[(0, 5), (3, 6)]);
+    let mut content = prepared.ledger[&id(2)].clone();
+    content.extend(&new.changes);
+    let work = |rig: &Rig| {
+        let pool = rig.writer(1)?;
+        store(&pool, &new)?;
+        pool.delete_point(id(1), "test")?;
+        pool.reclaim(ReclaimOptions::default(), &rig.deletion()).map(drop)
+    };
+    let fresh = |seed: u64| prepared.rig.on(SimulatedFiles::from_snapshot(seed, &prepared.snapshot));
+    let rig = fresh(0);
+    work(&rig).unwrap();
+    let sites = rig.files.operations();
+    for site in 1..=sites {
+        for failure in [Failure::Io, Failure::IoAfter, Failure::NoSpace, Failure::SyncDropsData] {
+            let rig = fresh(site);
+            rig.files.fail(When::At(site), failure);
+            let told = format!("site {site} of {sites}, {failure:?}");
+            let pool = match rig.writer(1) {
+                Ok(pool) => pool,
+                Err(_) => continue,
+            };
+            let is_stored = store(&pool, &new).is_ok();
+            let _ = pool.delete_point(id(1), "test");
+            let _ = pool.reclaim(ReclaimOptions::default(), &rig.deletion());
+            drop(pool);
+            // Something else goes on, on the same storage, with sharing.
+            let second = order(7, None, &[(0, 5), (1, 4), (2, 6)]);
+            let other = rig.writer(1).and_then(|pool| store(&pool, &second));
+            rig.files.reboot(site);
+            let pool = rig.reader().unwrap_or_else(|error| panic!("{told}: {error}"));
+            if is_stored {
+                assert_eq!(is_exact(&pool, id(3), &content), Ok(true), "{told}");
+            }
+            if other.is_ok() {
+                assert_eq!(is_exact(&pool, id(7), &second.changes), Ok(true), "{told}");
+            }
+            assert_eq!(is_exact(&pool, id(2), &prepared.ledger[&id(2)]), Ok(true), "{told}");
+        }
+    }
+}

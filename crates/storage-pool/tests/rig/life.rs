@@ -1,0 +1,453 @@
+//! One life: random histories of a pool with power cuts, kills and faults, and the ledger after each.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use environment::SeededRandomness;
+use environment::simulated::{Failure, Operation, When};
+use model::{DatasourceId, RecoveryPointId};
+use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::verify::Depth;
+use storage_pool::{Access, Damage, Pool, PoolError, Settings};
+
+use super::{CONTENTS, Content, Elsewhere, Order, Rig, is_exact, store};
+
+const DAY: u64 = 86_400;
+
+/// What the ledger knows of a point.
+#[derive(Debug, Clone)]
+struct Line {
+    content: Content,
+    blocks: u64,
+    datasource: u8,
+    /// Somebody was told that it is there.
+    is_acknowledged: bool,
+    /// A deletion was asked for, and how often the clock was moved forward since: it may be gone when it expired.
+    is_deleted: bool,
+}
+
+/// What happened in a life.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Figures {
+    /// Power cuts, kills and faults after which the ledger was compared.
+    pub crash_points: u64,
+    pub points: u64,
+    pub freed_packs: u64,
+    pub fenced: u64,
+}
+
+struct Life {
+    rig: Rig,
+    random: SeededRandomness,
+    ledger: BTreeMap<RecoveryPointId, Line>,
+    next: u64,
+    server: u8,
+    /// A sync was made to fail and to lose: until the next power cut what can be seen is not all durable.
+    is_volume_suspect: bool,
+    /// Such a loss ever happened: records that nobody was told of may be missing.
+    is_scarred: bool,
+    figures: Figures,
+    log: Vec<String>,
+}
+
+/// Lives a life. An error tells the seed and what was wrong.
+pub fn live(seed: u64, rounds: u64) -> Result<Figures, String> {
+    let settings = Settings {
+        soft_delete: 2 * DAY,
+        reclaim_hold: DAY,
+        floor_points: 1,
+        floor_age: 0,
+        breaker_percent: 100,
+        zstd_level: 1,
+    };
+    let mut life = Life {
+        rig: Rig::new(seed, settings),
+        random: SeededRandomness::new(seed ^ 0x11FE),
+        ledger: BTreeMap::new(),
+        next: 1,
+        server: 1,
+        is_volume_suspect: false,
+        is_scarred: false,
+        figures: Figures::default(),
+        log: Vec::new(),
+    };
+    for round in 0..rounds {
+        life.round().map_err(|wrong| {
+            let log = life.log.join("\n  ");
+            format!("seed {seed}, round {round} of {rounds}: {wrong}\n  {log}")
+        })?;
+    }
+    life.rot().map_err(|wrong| format!("seed {seed}, rot after {rounds} rounds: {wrong}"))?;
+    Ok(life.figures)
+}
+
+impl Life {
+    fn below(&self, bound: u64) -> u64 {
+        self.random.below(bound)
+    }
+
+    fn round(&mut self) -> Result<(), String> {
+        self.log.clear();
+        let now = self.rig.files.operations();
+        // Half of the accidents fall into the first operations: opening and the first record.
+        let reach = if self.below(2) == 0 { 60 } else { 500 };
+        let site = now + 1 + self.below(reach);
+        let accident = self.below(10);
+        match accident {
+            0..4 => self.rig.files.crash_at(site),
+            4..6 => self.rig.files.kill_at(site),
+            6 => self.rig.files.fail(When::At(site), Failure::Io),
+            7 => {
+                let failure = [Failure::IoAfter, Failure::NoSpace, Failure::Quota][self.below(3) as usize];
+                self.rig.files.fail(When::At(site), failure);
+            }
+            8 => {
+                let kind = [Operation::SyncFile, Operation::SyncFolder, Operation::Link, Operation::Append]
+                    [self.below(4) as usize];
+                self.rig.files.fail(When::Next(kind), Failure::Io);
+            }
+            _ => {
+                let kind = [Operation::SyncFile, Operation::SyncFolder][self.below(2) as usize];
+                self.rig.files.fail(When::Next(kind), Failure::SyncDropsData);
+                (self.is_volume_suspect, self.is_scarred) = (true, true);
+            }
+        }
+        self.log.push(format!("accident {accident} at {site}"));
+        if self.below(12) == 0 {
+            self.server = 3 - self.server;
+        }
+        match self.rig.writer(self.server) {
+            Ok(pool) => self.work(&pool)?,
+            Err(error) => self.log.push(format!("open: {error}")),
+        }
+        self.rig.files.clear_faults();
+        self.figures.crash_points += 1;
+        if self.rig.files.is_off() {
+            self.reboot();
+        } else if accident < 4 {
+            // The cut was planned for later: it comes now, or the world goes on.
+            if self.below(2) == 0 {
+                self.rig.files.cut_power();
+                self.reboot();
+            } else {
+                self.rig.files.crash_at(u64::MAX);
+            }
+        } else if accident < 6 {
+            self.rig.files.kill();
+            self.rig.files = self.rig.files.second_process();
+        }
+        // Crashes while coming back (INV-4).
+        while self.below(4) == 0 {
+            self.rig.files.crash_at(self.rig.files.operations() + 1 + self.below(40));
+            drop(self.rig.writer(self.server));
+            self.reboot();
+            self.figures.crash_points += 1;
+        }
+        self.check()
+    }
+
+    fn reboot(&mut self) {
+        self.rig.files.reboot(self.random.next_u64());
+        self.is_volume_suspect = false;
+    }
+
+    fn work(&mut self, pool: &Arc<Pool>) -> Result<(), String> {
+        for _ in 0..1 + self.below(5) {
+            let result = self.step(pool);
+            match result {
+                Ok(said) => self.log.push(said),
+                Err(error) => {
+                    self.log.push(format!("error: {error}"));
+                    if self.below(3) > 0 {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        if self.below(8) == 0 && !self.rig.files.is_off() {
+            self.fence(pool)?;
+        }
+        // What this process believes is what the records say.
+        if !self.rig.files.is_off()
+            && self.below(4) == 0
+            && let Ok(reader) = self.rig.reader()
+            && reader.state().head == pool.state().head
+            // A read that failed once is known to the one and not to the other.
+            && reader.state().unreadable == pool.state().unreadable
+            && *reader.state() != *pool.state()
+        {
+            return Err(format!("state differs:\n{:?}\n{:?}", *pool.state(), *reader.state()));
+        }
+        Ok(())
+    }
+
+    fn order(&mut self, pool: &Pool, may_have_base: bool) -> Order {
+        let datasource = 1 + self.below(3) as u8;
+        let blocks = [2, 3, 5, 129][self.below(4) as usize];
+        let base = if may_have_base && self.below(3) > 0 {
+            pool.state()
+                .in_order()
+                .rev()
+                .find(|point| point.datasource == DatasourceId([datasource; 16]) && point.deleted.is_none())
+                .map(|point| point.id)
+        } else {
+            None
+        };
+        let changes = (0..1 + self.below(4))
+            .map(|_| (self.below(blocks), if self.below(5) == 0 { 0 } else { 1 + self.below(CONTENTS) }))
+            .collect();
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.next.to_le_bytes());
+        self.next += 1;
+        Order { id: RecoveryPointId(id), datasource, base, blocks, changes }
+    }
+
+    /// The disk that an order makes. The map of a disk of another height begins with zeros.
+    fn content(&self, order: &Order) -> Content {
+        let height = |blocks: u64| if blocks > 128 { 2 } else { 1 };
+        let mut content: Content = order
+            .base
+            .and_then(|base| self.ledger.get(&base))
+            .filter(|line| height(line.blocks) == height(order.blocks))
+            .map(|line| line.content.range(..order.blocks).map(|(at, content)| (*at, *content)).collect())
+            .unwrap_or_default();
+        content.extend(&order.changes);
+        content
+    }
+
+    fn enter(&mut self, order: &Order) {
+        let content = self.content(order);
+        let line = Line {
+            content,
+            blocks: order.blocks,
+            datasource: order.datasource,
+            is_acknowledged: false,
+            is_deleted: false,
+        };
+        self.ledger.insert(order.id, line);
+    }
+
+    fn put(&mut self, pool: &Arc<Pool>, may_have_base: bool) -> Result<String, PoolError> {
+        let order = self.order(pool, may_have_base);
+        self.enter(&order);
+        store(pool, &order)?;
+        if let Some(line) = self.ledger.get_mut(&order.id) {
+            line.is_acknowledged = true;
+        }
+        self.figures.points += 1;
+        Ok(format!("stored {order:?}"))
+    }
+
+    fn pick(&self, pool: &Pool, is_deleted: bool) -> Option<RecoveryPointId> {
+        let state = pool.state();
+        let ids: Vec<RecoveryPointId> = state
+            .in_order()
+            .filter(|point| point.deleted.is_some() == is_deleted)
+            .map(|point| point.id)
+            .collect();
+        ids.get(self.below(ids.len() as u64) as usize).copied()
+    }
+
+    fn step(&mut self, pool: &Arc<Pool>) -> Result<String, PoolError> {
+        match self.below(23) {
+            0..7 => self.put(pool, true),
+            7..10 => {
+                let Some(id) = self.pick(pool, false) else { return Ok("nothing to delete".to_owned()) };
+                // Asked for is enough: a crash may leave the record with nobody told.
+                let was = self.ledger.get_mut(&id).map(|line| std::mem::replace(&mut line.is_deleted, true));
+                let result = pool.delete_point(id, "simulated");
+                if matches!(result, Err(PoolError::Kept { .. }))
+                    && let Some((line, was)) = self.ledger.get_mut(&id).zip(was)
+                {
+                    line.is_deleted = was;
+                    return Ok(format!("{id} is kept"));
+                }
+                result.map(|()| format!("deleted {id}"))
+            }
+            10 => {
+                let Some(id) = self.pick(pool, true) else { return Ok("nothing to undelete".to_owned()) };
+                match pool.undelete_point(id) {
+                    Ok(()) => {
+                        if let Some(line) = self.ledger.get_mut(&id) {
+                            line.is_deleted = false;
+                        }
+                        Ok(format!("undeleted {id}"))
+                    }
+                    Err(PoolError::Misuse(_)) => Ok(format!("{id} is expired")),
+                    Err(error) => Err(error),
+                }
+            }
+            11..16 => {
+                let report = pool.reclaim(ReclaimOptions::default(), &self.rig.deletion());
+                match report {
+                    Ok(report) => {
+                        self.figures.freed_packs += report.freed_packs;
+                        Ok(format!("reclaim {report:?}"))
+                    }
+                    Err(error @ PoolError::Stopped { .. }) => Ok(format!("reclaim: {error}")),
+                    Err(error) => Err(error),
+                }
+            }
+            16 => pool.verify(Depth::ReadData, &mut |_, _| true).map(|_| "verified".to_owned()),
+            17 => {
+                let bytes = self.random.next_u64().to_le_bytes();
+                pool.put_document("a", (bytes[0] > 50).then_some(&bytes)).map(|()| "document".to_owned())
+            }
+            18 => {
+                let jump = [100 * 365 * DAY, 30 * DAY, 0][self.below(3) as usize] * 1_000_000;
+                self.rig.clock.jump_to(super::NOW + jump);
+                Ok(format!("clock jumps to {jump}"))
+            }
+            _ => {
+                let hours = 1 + self.below(72);
+                self.rig.clock.advance(Duration::from_secs(hours * 3600));
+                Ok(format!("{hours} hours pass"))
+            }
+        }
+    }
+
+    /// Another server takes the pool over where the lock does not reach; the first one wakes up and goes on (INV-16).
+    fn fence(&mut self, stale: &Arc<Pool>) -> Result<(), String> {
+        let other = self.rig.files.second_process();
+        let world = self.rig.world_of(Arc::new(Elsewhere(other)));
+        let server = 3 - self.server;
+        let access = Access::Write { server: [server; 16], name: "elsewhere".to_owned() };
+        let Ok(new) = Pool::open(world, &self.rig.server, access).map(Arc::new) else { return Ok(()) };
+        let taken = new.state().head > stale.state().head;
+        if self.below(2) == 0 {
+            let _ = self.put(&new, true);
+        }
+        let head = stale.state().head;
+        for _ in 0..2 {
+            let said = match self.step(stale) {
+                Err(PoolError::Fenced { .. }) => {
+                    self.figures.fenced += 1;
+                    "fenced".to_owned()
+                }
+                Err(error) => error.to_string(),
+                Ok(said) => said,
+            };
+            self.log.push(format!("stale writer: {said}"));
+        }
+        if taken && stale.state().head > head {
+            return Err(format!("a fenced writer wrote records {head}..{}", stale.state().head));
+        }
+        let _ = self.put(&new, true);
+        Ok(())
+    }
+
+    /// The ledger against what is there, by the recovery kit alone; then what a writer finds counts as told.
+    fn check(&mut self) -> Result<(), String> {
+        let pool = self.rig.reader().map_err(|error| format!("does not open: {error}"))?;
+        let state = pool.state().clone();
+        if !self.is_scarred && !pool.notes().is_empty() {
+            return Err(format!("damage without any: {:?}", pool.notes()));
+        }
+        let soft_delete = pool.settings().soft_delete;
+        for point in state.in_order() {
+            let Some(line) = self.ledger.get(&point.id) else {
+                return Err(format!("point {} was never stored", point.id));
+            };
+            if !line.is_deleted && point.deleted.is_some() {
+                return Err(format!("nobody deleted {}", point.id));
+            }
+            if state.is_expired(point, soft_delete) {
+                continue;
+            }
+            match is_exact(&pool, point.id, &line.content) {
+                Ok(true) => {}
+                Ok(false) => return Err(format!("point {} has other bytes", point.id)),
+                Err(error) => return Err(format!("point {}: {error}", point.id)),
+            }
+        }
+        let missing: Vec<_> = self
+            .ledger
+            .iter()
+            .filter(|(id, line)| line.is_acknowledged && !state.points.contains_key(*id))
+            .map(|(id, _)| *id)
+            .collect();
+        if !missing.is_empty() {
+            return Err(format!("acknowledged and gone: {missing:?}"));
+        }
+        drop(pool);
+        // Whoever opens for writing may tell people what is there: from now on it must stay.
+        if !self.is_volume_suspect && self.below(2) == 0 {
+            let pool = self
+                .rig
+                .writer(self.server)
+                .map_err(|error| format!("does not open for writing: {error}"))?;
+            let there: BTreeSet<RecoveryPointId> = pool.state().points.keys().copied().collect();
+            for (id, line) in &mut self.ledger {
+                line.is_acknowledged |= there.contains(id);
+                line.is_deleted = pool.state().points.get(id).is_some_and(|point| point.deleted.is_some());
+            }
+            self.ledger.retain(|id, _| there.contains(id));
+            let snapshot = self.rig.files.snapshot();
+            if let Some((name, _)) = snapshot.files().find(|(name, _)| name.starts_with("staging")) {
+                return Err(format!("{name} is left over"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Bits rot in the packs. A full backup after that is exact whatever it shares (INV-9); old points are exact or
+    /// say that they are not; after a verify an incremental one is exact or refused.
+    fn rot(&mut self) -> Result<(), String> {
+        let fail = |error: PoolError| error.to_string();
+        let snapshot = self.rig.files.snapshot();
+        let packs: Vec<&str> =
+            snapshot.files().map(|(name, _)| name).filter(|name| name.starts_with("packs/")).collect();
+        for _ in 0..1 + packs.len() / 4 {
+            let Some(name) = packs.get(self.below(packs.len() as u64) as usize) else { return Ok(()) };
+            let bits = snapshot.get(name).map_or(0, <[u8]>::len) as u64 * 8;
+            self.rig.files.flip_bit(name, self.below(bits)).map_err(|error| error.to_string())?;
+        }
+        let pool = self.rig.writer(self.server).map_err(fail)?;
+        let full: Vec<Order> = (0..4).map(|_| self.order(&pool, false)).collect();
+        for order in &full {
+            self.enter(order);
+            store(&pool, order).map_err(|error| format!("a full backup after rot: {error}"))?;
+        }
+        let mut exact: Vec<RecoveryPointId> = full.iter().map(|order| order.id).collect();
+        pool.verify(Depth::ReadData, &mut |_, _| true).map_err(fail)?;
+        for _ in 0..4 {
+            let order = self.order(&pool, true);
+            self.enter(&order);
+            if store(&pool, &order).is_ok() {
+                exact.push(order.id);
+            }
+        }
+        let report = pool.verify(Depth::ReadData, &mut |_, _| true).map_err(fail)?;
+        drop(pool);
+        let pool = self.rig.reader().map_err(fail)?;
+        let state = pool.state().clone();
+        for point in state.in_order() {
+            let Some(line) = self.ledger.get(&point.id) else { continue };
+            if state.is_expired(point, pool.settings().soft_delete) {
+                continue;
+            }
+            let found = is_exact(&pool, point.id, &line.content);
+            let is_told = report.damaged_points.contains(&point.id);
+            match found {
+                Ok(false) => return Err(format!("point {} has other bytes after rot", point.id)),
+                Err(error) if exact.contains(&point.id) => {
+                    return Err(format!("new point {} after rot: {error}", point.id));
+                }
+                Err(error) if !is_told => {
+                    return Err(format!("{} is damaged, verify did not say: {error}", point.id));
+                }
+                Ok(true) if is_told => {
+                    let said: Vec<_> = report.damage.iter().filter(|damage| !matches!(damage, Damage::Point { point: other, .. } if *other != point.id)).collect();
+                    return Err(format!(
+                        "verify says that {} is damaged, and it is exact: {said:#?}",
+                        point.id
+                    ));
+                }
+                _ => {}
+            }
+        }
+        let is_named = report.damage.iter().any(|damage| matches!(damage, Damage::File { .. }));
+        if is_named || self.is_scarred { Ok(()) } else { Err("verify did not find the rot".to_owned()) }
+    }
+}
