@@ -316,6 +316,7 @@ fn over_api(
                 pool: globals.pool_id,
                 writes,
                 wait: globals.wait,
+                accepts_older_pool: matches!(command, Command::Catalog(_)),
             };
             let opened = program.open_standalone(&options)?;
             if let Some(kit) = &opened.created_kit {

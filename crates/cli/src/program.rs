@@ -40,6 +40,9 @@ pub struct StandaloneOptions {
     pub writes: bool,
     /// Wait for another writer instead of failing with `PoolBusy`.
     pub wait: bool,
+    /// Take a pool that is older than the catalog knows as it is now, instead of failing with `PoolRolledBack`: only
+    /// `catalog rebuild` says so.
+    pub accepts_older_pool: bool,
 }
 
 /// A data folder opened standalone: server and agent in this process.

@@ -16,6 +16,9 @@ pub fn format(text: &str) -> Result<DiskFormat, String> {
 /// Whole seconds from `90s`, `15m`, `24h`, `30d`, `2w`.
 pub fn duration(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a duration: expected a number with s, m, h, d or w, such as 24h");
+    if text == "0" {
+        return Ok(0);
+    }
     let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
     let (digits, unit) = text.split_at(split);
     let seconds = match unit {

@@ -29,7 +29,14 @@ impl Program for Stillpoint {
 
     fn open_standalone(&self, options: &StandaloneOptions) -> Result<Standalone, Problem> {
         let create = options.create.as_ref().map(standalone::settings);
-        let running = standalone::open(&options.folder, create, options.pool, options.writes, options.wait)?;
+        let running = standalone::open(
+            &options.folder,
+            create,
+            options.pool,
+            options.writes,
+            options.wait,
+            options.accepts_older_pool,
+        )?;
         let router = server::api::router(standalone::service(&running), Door::InProcess);
         Ok(Standalone {
             transport: Arc::new(InProcess::new(router)),

@@ -71,6 +71,7 @@ pub fn open(
     pool: Option<PoolId>,
     writes: bool,
     wait: bool,
+    accepts_older_pool: bool,
 ) -> Result<Running, Problem> {
     let folder = DataFolder::new(root);
     let world = world_of(Arc::new(FolderFiles::new(folder.pool())));
@@ -82,6 +83,12 @@ pub fn open(
             other => break other?,
         }
     };
+    if accepts_older_pool && writes && History::is_ahead(&folder.catalog(), &opened.pool)? {
+        History::accept(&folder.catalog(), &opened.pool)?;
+        eprintln!(
+            "warning: the pool is older than it was and is taken as it is now; every machine is read in full next time."
+        );
+    }
     start(folder, opened, writes)
 }
 

@@ -89,34 +89,34 @@ impl History {
             said.push(format!("the catalog is made again from the pool: {reason}"));
         }
         said.extend(opened.mended);
-        let known: Option<Head> = opened
-            .catalog
-            .get(Table::Settings, HEAD)
-            .map_err(Problem::from)?
-            .and_then(|row| serde_json::from_str(&row.json).ok());
-        let state = pool.state();
-        if let Some(known) = &known {
-            let behind = known.number > state.head;
-            let other = known.number == state.head
-                && known.hash != hex(&state.head_hash)
-                && !state.unreadable.iter().any(|record| record.number == state.head);
-            if behind || other {
-                return Err(Problem::new(
-                    Code::PoolRolledBack,
-                    format!(
-                        "The pool's last record is number {}, it had {} before: an old copy was put back, or files were lost.",
-                        state.head, known.number
-                    ),
-                )
-                .about(pool.path()));
-            }
+        let known = known_head(&opened.catalog)?;
+        if let Some(known) = known.as_ref().filter(|known| is_ahead(known, pool)) {
+            return Err(Problem::new(
+                Code::PoolRolledBack,
+                format!(
+                    "The pool's last record is number {}, it had {} before: an old copy was put back, or files were lost.",
+                    pool.state().head,
+                    known.number
+                ),
+            )
+            .about(pool.path()));
         }
-        drop(state);
         let head = known.map_or(0, |head| head.number);
         let inner = Inner { catalog: Some(opened.catalog), _copy: None, writes: true, head };
         let history = History { inner: Mutex::new(inner), folder: folder.to_owned() };
         history.sync(pool)?;
         Ok((history, said))
+    }
+
+    /// Whether the catalog knows records that the pool does not have: the pool was rolled back.
+    pub fn is_ahead(folder: &Path, pool: &Pool) -> Result<bool, Problem> {
+        if !folder.exists() {
+            return Ok(false);
+        }
+        let opened = SqliteCatalog::open(folder).map_err(Problem::from)?;
+        let ahead = known_head(&opened.catalog)?.is_some_and(|known| is_ahead(&known, pool));
+        opened.catalog.close().map_err(Problem::from)?;
+        Ok(ahead)
     }
 
     /// Forgets what is derived, so that the next opening takes the pool as it is now. For `catalog rebuild` of a pool
@@ -335,6 +335,18 @@ impl History {
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn known_head(catalog: &SqliteCatalog) -> Result<Option<Head>, Problem> {
+    let row = catalog.get(Table::Settings, HEAD).map_err(Problem::from)?;
+    Ok(row.and_then(|row| serde_json::from_str(&row.json).ok()))
+}
+
+fn is_ahead(known: &Head, pool: &Pool) -> bool {
+    let state = pool.state();
+    let is_damaged = state.unreadable.iter().any(|record| record.number == state.head);
+    known.number > state.head
+        || known.number == state.head && known.hash != hex(&state.head_hash) && !is_damaged
 }
 
 fn record_path(folder: &Path, number: u64) -> PathBuf {
