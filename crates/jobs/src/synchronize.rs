@@ -141,11 +141,18 @@ fn refuse(machine: &Machine, refusal: &Refusal) -> Problem {
 
 struct Reported<'a> {
     context: &'a dyn JobContext,
+    nodes: storage_pool::JobNodes,
 }
 
 impl Progress for Reported<'_> {
     fn update(&self, figures: &Figures) {
-        self.context.progress(figures.bytes_announced, figures.bytes_transferred, figures.bytes_on_wire, 0);
+        let pool = self.nodes.figures();
+        self.context.progress(
+            figures.bytes_announced,
+            figures.bytes_transferred,
+            pool.stored,
+            pool.duplicate_blocks,
+        );
     }
 }
 
@@ -217,7 +224,7 @@ pub fn run(
             Read::Extents(list) => ExpectedMode::Extents { required: list.union(&planned.heal) },
         },
     });
-    let reported = Reported { context };
+    let reported = Reported { context, nodes: store.ingest.nodes() };
     let mut reception = Reception::new(&mut store, expected.collect(), &reported, context.steer().clone());
     let figures = loop {
         let link = sending.link().map_err(|why| {

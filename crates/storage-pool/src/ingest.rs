@@ -72,6 +72,13 @@ impl Shared {
 #[derive(Clone)]
 pub struct JobNodes(Arc<Shared>);
 
+impl JobNodes {
+    /// What the job stored so far.
+    pub fn figures(&self) -> IngestFigures {
+        self.0.inner().figures
+    }
+}
+
 impl NodeSource for JobNodes {
     fn node(&self, id: &ChunkId) -> Result<Vec<u8>, PoolError> {
         {

@@ -602,35 +602,42 @@ impl Pool {
         Ok(report)
     }
 
-    /// Blocks (of 64 KiB) that only this point uses among all that are not expired.
-    pub fn unique_bytes(self: &Arc<Self>, id: RecoveryPointId) -> Result<u64, PoolError> {
+    /// For each point that is not expired, the bytes of blocks (64 KiB each, before compression) that no other such
+    /// point uses. One walk over all maps; parts that points share are walked once.
+    pub fn unique_bytes(self: &Arc<Self>) -> std::collections::HashMap<RecoveryPointId, u64> {
         let state = self.state().clone();
-        let walk =
-            |point: &crate::state::Point, chunks: &mut HashSet<ChunkId>, skip: Option<&HashSet<ChunkId>>| {
-                let mut blocks = HashSet::new();
-                for disk in &point.disks {
-                    let nodes = PoolNodes { pool: self.clone(), keys: self.domain_keys(point.domain) };
-                    let map = MapReader::new(nodes, MapRoot { root: disk.root, levels: disk.levels });
-                    map.walk(
-                        &mut |node, _| skip.is_none_or(|skip| !skip.contains(&node)) && chunks.insert(node),
-                        &mut |_, chunk| {
-                            blocks.insert(chunk);
-                        },
-                        &mut |_, _| {},
-                    );
-                }
-                blocks
-            };
-        let point = self.point(id)?;
-        let mut nodes = HashSet::new();
-        let mut others = HashSet::new();
-        for other in state.in_order().filter(|other| other.id != id) {
-            if !state.is_expired(other, self.settings().soft_delete) {
-                others.extend(walk(other, &mut nodes, None));
+        let live: Vec<&crate::state::Point> =
+            state.in_order().filter(|point| !state.is_expired(point, self.settings().soft_delete)).collect();
+        // Who uses a chunk: one point by its place, or several. A node that a second point shares makes everything
+        // below it shared; since a first walk may have called parts of it one's own, it is walked once more.
+        const SEVERAL: u32 = u32::MAX;
+        let mut nodes: std::collections::HashMap<ChunkId, u32> = std::collections::HashMap::new();
+        let mut blocks: std::collections::HashMap<ChunkId, u32> = std::collections::HashMap::new();
+        let own = |users: &mut std::collections::HashMap<ChunkId, u32>, id: ChunkId, place: u32| -> u32 {
+            let user = users.entry(id).or_insert(place);
+            let before = *user;
+            if before != place {
+                *user = SEVERAL;
+            }
+            before
+        };
+        for (point, place) in live.iter().zip(0u32..) {
+            for disk in &point.disks {
+                let source = PoolNodes { pool: self.clone(), keys: self.domain_keys(point.domain) };
+                let map = MapReader::new(source, MapRoot { root: disk.root, levels: disk.levels });
+                map.walk(
+                    &mut |node, _| own(&mut nodes, node, place) != SEVERAL,
+                    &mut |_, chunk| {
+                        own(&mut blocks, chunk, place);
+                    },
+                    &mut |_, _| {},
+                );
             }
         }
-        let mut own_nodes = HashSet::new();
-        let own = walk(&point, &mut own_nodes, Some(&nodes));
-        Ok(own.iter().filter(|chunk| !others.contains(*chunk)).count() as u64 * model::BLOCK_BYTES)
+        let mut bytes = vec![0u64; live.len()];
+        for place in blocks.into_values().filter(|place| *place != SEVERAL) {
+            bytes[place as usize] += model::BLOCK_BYTES;
+        }
+        live.iter().zip(bytes).map(|(point, bytes)| (point.id, bytes)).collect()
     }
 }

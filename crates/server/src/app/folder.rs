@@ -127,7 +127,17 @@ impl DataFolder {
                 ),
             ));
         }
-        let (recipient, server, secret_damage) = read_secret(&self.root)?;
+        let (recipient, server, secret_damage) = read_secret(&self.root).map_err(|problem| {
+            if has_secret {
+                return problem;
+            }
+            problem.hint(format!(
+                "If the machine stopped while the folder was being made, remove {} and its recovery kit and start again. \
+                 Otherwise recover with the kit: `stillpoint recover disk --pool {} --kit FILE ..`.",
+                self.root.display(),
+                self.pool().display()
+            ))
+        })?;
         if let Some(expected) = options.pool
             && expected != recipient.pool
         {

@@ -93,13 +93,15 @@ pub struct App {
     pub(crate) runner: Runner,
     /// Points known to be damaged, at the head of the sequence for which that was found out.
     pub(crate) damaged: Mutex<Option<(u64, std::collections::BTreeSet<model::RecoveryPointId>)>>,
+    /// What only one point uses, at the head of the sequence for which it was counted.
+    pub(crate) unique: Mutex<Option<(u64, points::UniqueBytes)>>,
 }
 
 impl App {
     /// A server over these parts.
     pub fn new(parts: Parts) -> Arc<App> {
         let runner = Runner::new(parts.clock.clone(), parts.randomness.clone(), parts.history.clone());
-        Arc::new(App { parts, runner, damaged: Mutex::new(None) })
+        Arc::new(App { parts, runner, damaged: Mutex::new(None), unique: Mutex::new(None) })
     }
 
     /// The pool.

@@ -11,7 +11,24 @@ use storage_pool::{MapReader, MapRoot, PoolNodes};
 use super::App;
 use crate::api::names::{self, NamedPoint};
 
+/// Bytes that only one point uses, by point.
+pub(crate) type UniqueBytes = std::collections::HashMap<RecoveryPointId, u64>;
+
 impl App {
+    /// What only one point uses; counted once for each head of the sequence.
+    pub(crate) fn unique_bytes(&self) -> UniqueBytes {
+        let head = self.pool().state().head;
+        let mut known = self.unique.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*known {
+            Some((at, bytes)) if *at == head => bytes.clone(),
+            _ => {
+                let bytes = self.pool().unique_bytes();
+                *known = Some((head, bytes.clone()));
+                bytes
+            }
+        }
+    }
+
     /// Points of which something cannot be had. Walks maps only where damage is known, and once for each head.
     pub(crate) fn damaged_points(&self) -> BTreeSet<RecoveryPointId> {
         let pool = self.pool();
@@ -84,7 +101,7 @@ impl App {
         Ok(points.swap_remove(at))
     }
 
-    pub(crate) fn api_point(&self, point: &Point, state: PointState, with_unique: bool) -> RecoveryPoint {
+    pub(crate) fn api_point(&self, point: &Point, state: PointState, unique: Option<u64>) -> RecoveryPoint {
         let pool = self.pool();
         let settings = pool.settings();
         let reason = match state {
@@ -129,7 +146,7 @@ impl App {
             expires_why,
             locked_until: None,
             undelete_until,
-            bytes_unique: if with_unique { pool.unique_bytes(point.id).ok() } else { None },
+            bytes_unique: unique,
             verified_at: point.verified.map(Time),
             tested_at: None,
             cause: point.cause.to_string(),

@@ -195,8 +195,13 @@ impl Service for AppService {
         let datasource = datasource.map(|text| app.find_datasource(text)).transpose()?;
         let all = app.points_of(datasource.map(|datasource| datasource.id));
         let some = page(all, query)?;
+        let unique = app.unique_bytes();
         Ok(Page {
-            items: some.items.iter().map(|(point, state)| app.api_point(point, *state, false)).collect(),
+            items: some
+                .items
+                .iter()
+                .map(|(point, state)| app.api_point(point, *state, unique.get(&point.id).copied()))
+                .collect(),
             next: some.next,
         })
     }
@@ -210,7 +215,8 @@ impl Service for AppService {
         let app = self.app();
         let datasource = datasource.map(|text| app.find_datasource(text)).transpose()?;
         let (point, state) = app.find_point(point, datasource.as_ref(), min_consistency)?;
-        Ok(app.api_point(&point, state, true))
+        let unique = app.unique_bytes().get(&point.id).copied();
+        Ok(app.api_point(&point, state, unique))
     }
 
     fn diff(&self, a: &str, b: &str) -> Result<PointDiff, Problem> {
@@ -227,7 +233,7 @@ impl Service for AppService {
         app.pool().delete_point(point.id, &format!("deleted by {}", by.name)).map_err(jobs::problem::pool)?;
         let point = app.pool().point(point.id).map_err(jobs::problem::pool)?;
         let state = jobs::recover::state_of(app.pool(), &point, false);
-        Ok(app.api_point(&point, state, false))
+        Ok(app.api_point(&point, state, None))
     }
 
     fn undelete_point(&self, _by: &Caller, point: &str) -> Result<RecoveryPoint, Problem> {
@@ -237,7 +243,7 @@ impl Service for AppService {
         app.pool().undelete_point(point.id).map_err(jobs::problem::pool)?;
         let point = app.pool().point(point.id).map_err(jobs::problem::pool)?;
         let state = jobs::recover::state_of(app.pool(), &point, app.damaged_points().contains(&point.id));
-        Ok(app.api_point(&point, state, false))
+        Ok(app.api_point(&point, state, None))
     }
 
     fn open_disk(&self, _by: &Caller, point: &str, disk: u32) -> Result<Arc<dyn BlockDevice>, Problem> {
