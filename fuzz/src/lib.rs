@@ -3,12 +3,15 @@
 //! An image of 5 MiB that is nearly all zeros is a bad input: most mutations hit nothing. So an input is
 //! [options byte][size in sectors: u32][sector: u32, length: u16, bytes]..., and checksums are made right before the
 //! image is opened (unless the options say otherwise): mutations reach what lies behind them.
+//!
+//! [`run`] is what each target does with an input. The library fuzzer calls it here; the tests of `disk-image` call it
+//! for some seconds with a mutator of their own.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError, GrowableFile, WritableDevice};
-use disk_image::{ImageError, NoParents, ParentReference, Parents};
+use disk_image::{ImageError, ImageFormat, NoParents, ParentReference, Parents, probe, qcow2, vhd, vhdx};
 
 const PAGE: u64 = 4096;
 /// Largest file: beyond it only tables grow that are walked entry by entry.
@@ -278,4 +281,68 @@ pub fn write_on(disk: &dyn WritableDevice) {
     }
     let _ = disk.write_zeros(ByteRange { start: 0, end: size.min(5000) });
     let _ = disk.flush();
+}
+
+/// The targets by name.
+pub const TARGETS: [&str; 4] = ["probe", "vhd", "vhdx", "qcow2"];
+
+/// What the target does with an input; panics if a promise is broken.
+pub fn run(target: &str, data: &[u8]) {
+    let Some(input) = input(data) else { return };
+    let parents = parents(&input);
+    let writes = input.options & 2 != 0;
+    let sealed = input.options & 0x80 == 0;
+    match target {
+        "probe" => run_probe(&input),
+        "vhd" => {
+            if sealed {
+                seal_vhd(&input.file);
+            }
+            if let Ok(reader) = vhd::Reader::open(input.file.clone(), parents.as_ref()) {
+                walk(&reader);
+            }
+            if let Some(Ok(writer)) = writes.then(|| vhd::Writer::open(input.file.copy(), parents.as_ref())) {
+                write_on(&writer);
+            }
+        }
+        "vhdx" => {
+            if sealed {
+                seal_vhdx(&input.file);
+            }
+            if let Ok(reader) = vhdx::Reader::open(input.file.clone(), parents.as_ref()) {
+                walk(&reader);
+            }
+            if let Some(Ok(writer)) = writes.then(|| vhdx::Writer::open(input.file.copy(), parents.as_ref()))
+            {
+                write_on(&writer);
+            }
+        }
+        "qcow2" => {
+            if let Ok(reader) = qcow2::Reader::open(input.file.clone(), parents.as_ref()) {
+                walk(&reader);
+            }
+            if let Some(Ok(writer)) = writes.then(|| qcow2::Writer::open(input.file.copy())) {
+                write_on(&writer);
+            }
+        }
+        other => panic!("there is no target {other}"),
+    }
+}
+
+/// Any name, any bytes: a guest's bytes must never decide the format.
+fn run_probe(input: &Input) {
+    for name in ["disk", "disk.raw", "disk.img", "a.vhd.bak"] {
+        let decision = probe::format_of(name, None, input.file.as_ref()).expect("a plain name");
+        assert_eq!(decision.format, ImageFormat::Raw);
+    }
+    for name in ["disk.vhd", "disk.vhdx", "disk.qcow2", "disk.vmdk"] {
+        let Ok(decision) = probe::format_of(name, None, input.file.as_ref()) else { continue };
+        assert!(name.ends_with(decision.format.word()));
+        if let Ok(opened) = probe::open(decision.format, input.file.clone(), &NoParents) {
+            assert_eq!(opened.disk.size(), opened.info.size);
+            assert!(opened.info.parents.is_empty(), "no other file may be opened here");
+        }
+    }
+    let raw = probe::open(ImageFormat::Raw, input.file.clone(), &NoParents).expect("raw");
+    walk(raw.disk.as_ref());
 }
