@@ -317,8 +317,11 @@ fn every_call_fails_once() {
     work(&rig).unwrap();
     let sites = rig.files.operations();
     for site in 1..=sites {
-        for failure in [Failure::Io, Failure::IoAfter, Failure::NoSpace, Failure::SyncDropsData] {
-            let rig = fresh(site);
+        // What a failed sync loses is drawn: several times.
+        let failures =
+            [Failure::Io, Failure::IoAfter, Failure::NoSpace].into_iter().chain([Failure::SyncDropsData; 8]);
+        for (draw, failure) in failures.enumerate() {
+            let rig = fresh(site * 16 + draw as u64);
             rig.files.fail(When::At(site), failure);
             let told = format!("site {site} of {sites}, {failure:?}");
             let pool = match rig.writer(1) {

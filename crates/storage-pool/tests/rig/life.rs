@@ -23,8 +23,8 @@ struct Line {
     datasource: u8,
     /// Somebody was told that it is there.
     is_acknowledged: bool,
-    /// A deletion was asked for, and how often the clock was moved forward since: it may be gone when it expired.
-    is_deleted: bool,
+    /// A deletion was asked for, at this many hours of the life: it may be gone when it expired.
+    deleted: Option<u64>,
 }
 
 /// What happened in a life.
@@ -43,6 +43,8 @@ struct Life {
     ledger: BTreeMap<RecoveryPointId, Line>,
     next: u64,
     server: u8,
+    /// Hours that pool time can have gone on at most.
+    hours: u64,
     /// A sync was made to fail and to lose: until the next power cut what can be seen is not all durable.
     is_volume_suspect: bool,
     /// Such a loss ever happened: records that nobody was told of may be missing.
@@ -67,6 +69,7 @@ pub fn live(seed: u64, rounds: u64) -> Result<Figures, String> {
         ledger: BTreeMap::new(),
         next: 1,
         server: 1,
+        hours: 0,
         is_volume_suspect: false,
         is_scarred: false,
         figures: Figures::default(),
@@ -223,7 +226,7 @@ impl Life {
             blocks: order.blocks,
             datasource: order.datasource,
             is_acknowledged: false,
-            is_deleted: false,
+            deleted: None,
         };
         self.ledger.insert(order.id, line);
     }
@@ -255,12 +258,14 @@ impl Life {
             7..10 => {
                 let Some(id) = self.pick(pool, false) else { return Ok("nothing to delete".to_owned()) };
                 // Asked for is enough: a crash may leave the record with nobody told.
-                let was = self.ledger.get_mut(&id).map(|line| std::mem::replace(&mut line.is_deleted, true));
+                let hours = self.hours;
+                let was =
+                    self.ledger.get_mut(&id).map(|line| std::mem::replace(&mut line.deleted, Some(hours)));
                 let result = pool.delete_point(id, "simulated");
                 if matches!(result, Err(PoolError::Kept { .. }))
                     && let Some((line, was)) = self.ledger.get_mut(&id).zip(was)
                 {
-                    line.is_deleted = was;
+                    line.deleted = was;
                     return Ok(format!("{id} is kept"));
                 }
                 result.map(|()| format!("deleted {id}"))
@@ -270,7 +275,7 @@ impl Life {
                 match pool.undelete_point(id) {
                     Ok(()) => {
                         if let Some(line) = self.ledger.get_mut(&id) {
-                            line.is_deleted = false;
+                            line.deleted = None;
                         }
                         Ok(format!("undeleted {id}"))
                     }
@@ -297,11 +302,13 @@ impl Life {
             18 => {
                 let jump = [100 * 365 * DAY, 30 * DAY, 0][self.below(3) as usize] * 1_000_000;
                 self.rig.clock.jump_to(super::NOW + jump);
+                self.hours += 72;
                 Ok(format!("clock jumps to {jump}"))
             }
             _ => {
                 let hours = 1 + self.below(72);
                 self.rig.clock.advance(Duration::from_secs(hours * 3600));
+                self.hours += hours;
                 Ok(format!("{hours} hours pass"))
             }
         }
@@ -349,10 +356,13 @@ impl Life {
             let Some(line) = self.ledger.get(&point.id) else {
                 return Err(format!("point {} was never stored", point.id));
             };
-            if !line.is_deleted && point.deleted.is_some() {
+            if line.deleted.is_none() && point.deleted.is_some() {
                 return Err(format!("nobody deleted {}", point.id));
             }
             if state.is_expired(point, soft_delete) {
+                if line.deleted.is_none_or(|since| (self.hours - since) * 3600 < soft_delete) {
+                    return Err(format!("{} expired too early", point.id));
+                }
                 continue;
             }
             match is_exact(&pool, point.id, &line.content) {
@@ -380,7 +390,9 @@ impl Life {
             let there: BTreeSet<RecoveryPointId> = pool.state().points.keys().copied().collect();
             for (id, line) in &mut self.ledger {
                 line.is_acknowledged |= there.contains(id);
-                line.is_deleted = pool.state().points.get(id).is_some_and(|point| point.deleted.is_some());
+                if pool.state().points.get(id).is_none_or(|point| point.deleted.is_none()) {
+                    line.deleted = None;
+                }
             }
             self.ledger.retain(|id, _| there.contains(id));
             let snapshot = self.rig.files.snapshot();
