@@ -75,6 +75,12 @@ pub(crate) fn key_of_request(der: &[u8]) -> Result<Fingerprint, IdentityError> {
 }
 
 impl Fingerprint {
+    /// The fingerprint of the key in a DER certificate.
+    pub fn of_certificate(certificate: &[u8]) -> Result<Fingerprint, IdentityError> {
+        let parsed = parse(certificate)?;
+        Ok(Fingerprint::of_public_key(parsed.tbs_certificate.subject_pki.raw))
+    }
+
     /// The fingerprint of the key in a certificate request, whose signature is checked.
     pub fn of_request(request: &[u8]) -> Result<Fingerprint, IdentityError> {
         key_of_request(request)

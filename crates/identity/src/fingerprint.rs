@@ -11,12 +11,6 @@ impl Fingerprint {
     pub fn of_public_key(spki: &[u8]) -> Fingerprint {
         Fingerprint(*blake3::hash(spki).as_bytes())
     }
-
-    /// The fingerprint of the key in a DER certificate.
-    pub fn of_certificate(certificate: &[u8]) -> Result<Fingerprint, IdentityError> {
-        let parsed = crate::certificate::parse(certificate)?;
-        Ok(Fingerprint::of_public_key(parsed.tbs_certificate.subject_pki.raw))
-    }
 }
 
 impl std::fmt::Display for Fingerprint {
