@@ -28,6 +28,7 @@
 
 mod crash;
 mod faults;
+mod torn_write;
 mod world;
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Snapshot;
+use super::torn_write::{Choose, torn_pages};
 use super::world::{Inode, Node, World, parent_of};
 use crate::SeededRandomness;
 
@@ -18,9 +19,6 @@ pub struct CrashStates {
     /// Whether these are all there are; otherwise a sample.
     pub complete: bool,
 }
-
-/// Picks a number below its argument.
-type Choose<'a> = dyn FnMut(u64) -> u64 + 'a;
 
 pub(super) fn after_cut(world: &World, choose: &mut Choose<'_>) -> Snapshot {
     let mut snapshot = Snapshot::default();
@@ -72,27 +70,6 @@ fn stored(inode: &Inode, choose: &mut Choose<'_>) -> Arc<Vec<u8>> {
         }
     }
     Arc::new(bytes)
-}
-
-/// The pages of `content[from..]` that did not reach the disk, with what stands there instead.
-pub(super) fn torn_pages(content: &[u8], from: usize, choose: &mut Choose<'_>) -> Vec<(usize, Vec<u8>)> {
-    let mut torn = Vec::new();
-    if from >= content.len() {
-        return torn;
-    }
-    let page_bytes = if choose(2) == 0 { 4096 } else { 512 };
-    let mut at = from;
-    while at < content.len() {
-        let end = ((at / page_bytes + 1) * page_bytes).min(content.len());
-        match choose(3) {
-            0 => {}
-            1 => torn.push((at, vec![0; end - at])),
-            // Bytes that a deleted file left there.
-            _ => torn.push((at, (at..end).map(|i| (i as u8).wrapping_mul(167) ^ 0xa5).collect())),
-        }
-        at = end;
-    }
-    torn
 }
 
 pub(super) fn states(world: &World, limit: usize) -> CrashStates {

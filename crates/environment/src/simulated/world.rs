@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
+use super::Snapshot;
 use super::faults::{Failure, Killed, Operation, PowerCut, ReadFault, Site, When};
-use super::{Snapshot, crash};
+use super::torn_write::torn_pages;
 use crate::{Entry, SeededRandomness};
 
 /// What a name stands for.
@@ -424,8 +425,7 @@ impl World {
             Course::Before(error) | Course::Cut(error) => Err(error),
             Course::Drops(error) => {
                 let randomness = &self.randomness;
-                let torn =
-                    crash::torn_pages(&found.content, found.dirty_from, &mut |bound| randomness.below(bound));
+                let torn = torn_pages(&found.content, found.dirty_from, &mut |bound| randomness.below(bound));
                 found.lost.extend(torn);
                 found.dirty_from = found.content.len();
                 Err(error)
