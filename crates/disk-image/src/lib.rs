@@ -146,24 +146,21 @@ pub struct ParentReference {
 /// must end.
 pub const MAX_CHAIN: usize = 64;
 
+/// The file of a parent, and what resolves the references found in it.
+pub type OpenedParent = (Arc<dyn BlockDevice>, Arc<dyn Parents>);
+
 /// Opens the files that images refer to. The caller decides what may be opened and how names are resolved.
 pub trait Parents {
     /// The file that `reference` means, and the `Parents` that resolves references found in *that* file (relative
     /// names are relative to the file that holds them). Refusal is [`ImageError::NotAllowed`].
-    fn open(
-        &self,
-        reference: &ParentReference,
-    ) -> Result<(Arc<dyn BlockDevice>, Arc<dyn Parents>), ImageError>;
+    fn open(&self, reference: &ParentReference) -> Result<OpenedParent, ImageError>;
 }
 
 /// Refuses every reference: for images that must stand alone.
 pub struct NoParents;
 
 impl Parents for NoParents {
-    fn open(
-        &self,
-        reference: &ParentReference,
-    ) -> Result<(Arc<dyn BlockDevice>, Arc<dyn Parents>), ImageError> {
+    fn open(&self, reference: &ParentReference) -> Result<OpenedParent, ImageError> {
         Err(ImageError::NotAllowed {
             format: reference.child,
             reference: reference.names.first().cloned().unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! The backing file: which format it has, and opening it.
+//! The backing file: which file it is, which format it has, and its bytes as the layer below.
 //!
 //! The format is what the image states. If it states none, name *and* magic must agree (INV-25): a guest can write a
 //! qcow2 header at the start of its raw disk, and a reader that believes it would hand out any file of the host.
@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError};
 
-use super::reader::Reader;
 use super::{damaged, unsupported};
 use crate::{ImageError, ImageFormat, MAX_CHAIN, ParentReference, Parents};
 
@@ -34,34 +33,8 @@ pub(super) struct Below {
 }
 
 impl Below {
-    /// Opens the backing file of an image that has `depth` images above it.
-    pub fn open(backing: &super::Backing, parents: &dyn Parents, depth: usize) -> Result<Below, ImageError> {
-        let depth = depth.saturating_add(1);
-        if depth >= MAX_CHAIN {
-            return Err(unsupported(format!(
-                "a chain of more than {MAX_CHAIN} backing files, or a loop of them"
-            )));
-        }
-        let name = plain_name(&backing.name)?;
-        let stated = backing.format.as_deref().map(stated_format).transpose()?;
-        let reference = ParentReference {
-            child: ImageFormat::Qcow2,
-            names: vec![name.to_owned()],
-            format: stated,
-            depth,
-        };
-        let (file, parents) = parents.open(&reference)?;
-        let format = match stated {
-            Some(format) => format,
-            None => unstated_format(name, file.as_ref())?,
-        };
-        let device: Arc<dyn BlockDevice> = match format {
-            ImageFormat::Raw => file,
-            ImageFormat::Qcow2 => Arc::new(Reader::open_at(file, parents.as_ref(), depth)?),
-            ImageFormat::Vhd => Arc::new(crate::vhd::Reader::open(file, parents.as_ref())?),
-            ImageFormat::Vhdx => Arc::new(crate::vhdx::Reader::open(file, parents.as_ref())?),
-        };
-        Ok(Below { device, answer: Mutex::new(None) })
+    pub fn new(device: Arc<dyn BlockDevice>) -> Below {
+        Below { device, answer: Mutex::new(None) }
     }
 
     /// Reads from the layer; what lies past its end are zeros.
@@ -93,6 +66,40 @@ impl Below {
         *answer = Some((from, found));
         Ok(found)
     }
+}
+
+/// A backing file that was found.
+pub(super) struct BackingFile {
+    pub file: Arc<dyn BlockDevice>,
+    pub format: ImageFormat,
+    /// Opens what the file itself refers to.
+    pub parents: Arc<dyn Parents>,
+    /// Images above it.
+    pub depth: usize,
+}
+
+/// Finds the backing file of an image that has `depth` images above it.
+pub(super) fn find(
+    backing: &super::Backing,
+    parents: &dyn Parents,
+    depth: usize,
+) -> Result<BackingFile, ImageError> {
+    let depth = depth.saturating_add(1);
+    if depth >= MAX_CHAIN {
+        return Err(unsupported(format!(
+            "a chain of more than {MAX_CHAIN} backing files, or a loop of them"
+        )));
+    }
+    let name = plain_name(&backing.name)?;
+    let stated = backing.format.as_deref().map(stated_format).transpose()?;
+    let reference =
+        ParentReference { child: ImageFormat::Qcow2, names: vec![name.to_owned()], format: stated, depth };
+    let (file, parents) = parents.open(&reference)?;
+    let format = match stated {
+        Some(format) => format,
+        None => unstated_format(name, file.as_ref())?,
+    };
+    Ok(BackingFile { file, format, parents, depth })
 }
 
 /// The name as a path, if it is one.

@@ -11,7 +11,7 @@ use block_io::{BlockDevice, ByteRange, DeviceError, GrowableFile};
 use super::entry::{Cluster, Layout};
 use super::header::{CORRUPT, DIRTY, Header};
 use super::refcounts::{self, Refcounts};
-use super::writer::State;
+use super::writer::{State, Writer};
 use super::{MAX_REFCOUNT_TABLE_BYTES, damaged, unsupported};
 use crate::ImageError;
 
@@ -115,8 +115,16 @@ fn numbers(file: &dyn BlockDevice, offset: u64, count: u64) -> Result<Vec<u64>, 
     Ok(bytes.as_chunks::<8>().0.iter().map(|bytes| u64::from_be_bytes(*bytes)).collect())
 }
 
+impl Writer {
+    /// Goes on with an image that a [`Writer`] began, or a plain one of version 3. Checks all its tables first, and
+    /// gives back what a crash leaked.
+    pub fn open(file: Arc<dyn GrowableFile>) -> Result<Writer, ImageError> {
+        Ok(Writer::going_on_from(examined(file)?))
+    }
+}
+
 /// Checks the image in `file`, frees what leaked, and gives the state to go on from.
-pub(super) fn open(file: Arc<dyn GrowableFile>) -> Result<State, ImageError> {
+fn examined(file: Arc<dyn GrowableFile>) -> Result<State, ImageError> {
     let now = Now { size: file.len()?, file: file.clone() };
     let header = Header::read(&now)?;
     plain(&header)?;

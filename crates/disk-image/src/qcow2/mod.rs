@@ -9,7 +9,7 @@
 //! | `entry` | L1 and L2 table entries, Extended L2 Entries, addresses of a guest offset |
 //! | `tables` | reading tables through a bounded cache |
 //! | `compressed` | Compressed clusters: deflate, zstd |
-//! | `backing` | which format the backing file has |
+//! | `backing` | which file the backing file is, and of which format |
 //! | `reader` | Cluster mapping, for reading |
 //! | `writer`, `refcounts`, `examine` | Host cluster management, and the order of writing |
 //!

@@ -4,12 +4,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError};
 
-use super::backing::Below;
+use super::backing::{self, BackingFile, Below};
 use super::entry::{Layout, State};
 use super::header::Header;
 use super::tables::Tables;
 use super::{Info, compressed, damaged};
-use crate::{ImageError, Parents};
+use crate::{ImageError, ImageFormat, Parents};
 
 /// Name of the structure in errors.
 const OBJECT: &str = "qcow2 image";
@@ -27,6 +27,16 @@ pub struct Reader {
     cluster: Mutex<Option<Decompressed>>,
 }
 
+fn open_below(backing: BackingFile) -> Result<Below, ImageError> {
+    let BackingFile { file, format, parents, depth } = backing;
+    Ok(Below::new(match format {
+        ImageFormat::Raw => file,
+        ImageFormat::Qcow2 => Arc::new(Reader::open_at(file, parents.as_ref(), depth)?),
+        ImageFormat::Vhd => Arc::new(crate::vhd::Reader::open(file, parents.as_ref())?),
+        ImageFormat::Vhdx => Arc::new(crate::vhdx::Reader::open(file, parents.as_ref())?),
+    }))
+}
+
 impl Reader {
     /// Opens the image in `file`, and through `parents` the chain of backing files below it.
     pub fn open(file: Arc<dyn BlockDevice>, parents: &dyn Parents) -> Result<Reader, ImageError> {
@@ -34,7 +44,7 @@ impl Reader {
     }
 
     /// The same with `depth` images above it.
-    pub(super) fn open_at(
+    fn open_at(
         file: Arc<dyn BlockDevice>,
         parents: &dyn Parents,
         depth: usize,
@@ -42,7 +52,7 @@ impl Reader {
         let header = Header::read(file.as_ref())?;
         check_l1(&header, file.as_ref())?;
         let below = match &header.backing {
-            Some(backing) => Some(Below::open(backing, parents, depth)?),
+            Some(backing) => Some(open_below(backing::find(backing, parents, depth)?)?),
             None => None,
         };
         let tables = Tables::new(file.clone());

@@ -26,7 +26,7 @@ use block_io::{BlockDevice, ByteRange, DeviceError, GrowableFile, WritableDevice
 
 use super::entry::{COPIED, Cluster, Layout, ZERO};
 use super::refcounts::{self, Plan, Refcounts};
-use super::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SIZE, cannot_hold, examine, header};
+use super::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SIZE, cannot_hold, header};
 use crate::ImageError;
 
 /// Name of the structure in errors.
@@ -167,14 +167,11 @@ impl Writer {
             failed: false,
         };
         state.commit()?;
-        Ok(Writer { layout, state: Mutex::new(state) })
+        Ok(Writer::going_on_from(state))
     }
 
-    /// Goes on with an image that a [`Writer`] began, or a plain one of version 3. Checks all its tables first, and
-    /// gives back what a crash leaked.
-    pub fn open(file: Arc<dyn GrowableFile>) -> Result<Writer, ImageError> {
-        let state = examine::open(file)?;
-        Ok(Writer { layout: state.layout, state: Mutex::new(state) })
+    pub(super) fn going_on_from(state: State) -> Writer {
+        Writer { layout: state.layout, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

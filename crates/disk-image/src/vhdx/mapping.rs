@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError};
 
+use super::MIB;
 use super::bat::{Entry, Geometry, State};
 use super::bytes::u64_at;
-use super::{MIB, Reader};
 
 /// Pages of 64 KiB of BAT and sector bitmaps that are held for one image.
 pub const CACHED_PAGES: usize = 32;
@@ -72,7 +72,7 @@ pub(crate) struct Mapping<F> {
     pub(crate) bat: u64,
     /// Regions and log, ascending: no block may lie there.
     pub(crate) taken: Vec<ByteRange>,
-    pub(crate) parent: Option<Arc<Reader>>,
+    pub(crate) parent: Option<Arc<dyn BlockDevice>>,
     pages: Mutex<Pages>,
 }
 
@@ -82,7 +82,7 @@ impl<F: BlockDevice> Mapping<F> {
         geometry: Geometry,
         bat: u64,
         taken: Vec<ByteRange>,
-        parent: Option<Arc<Reader>>,
+        parent: Option<Arc<dyn BlockDevice>>,
     ) -> Mapping<F> {
         Mapping { file, geometry, bat, taken, parent, pages: Mutex::default() }
     }

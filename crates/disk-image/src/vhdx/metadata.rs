@@ -210,9 +210,7 @@ impl Metadata {
             buf.extend_from_slice(bytes);
         }
         if buf.len() as u64 > MIB {
-            return Err(super::writer::cannot_hold(
-                "the names of the parent do not fit into the metadata region",
-            ));
+            return Err(super::cannot_hold("the names of the parent do not fit into the metadata region"));
         }
         Ok(buf)
     }

@@ -157,3 +157,7 @@ pub(crate) fn damaged(structure: &'static str, offset: u64, reason: impl Into<St
 pub(crate) fn unsupported(feature: impl Into<String>) -> ImageError {
     ImageError::Unsupported { format: ImageFormat::Vhdx, feature: feature.into() }
 }
+
+pub(crate) fn cannot_hold(reason: impl Into<String>) -> ImageError {
+    ImageError::CannotHold { format: ImageFormat::Vhdx, reason: reason.into() }
+}

@@ -124,9 +124,9 @@ impl ParentLocator {
             for (text, offset_at, length_at) in [(key, at, at + 8), (value.as_str(), at + 4, at + 10)] {
                 let units: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
                 let length = u16::try_from(units.len())
-                    .map_err(|_| super::writer::cannot_hold("a name of the parent is longer than 64 KiB"))?;
+                    .map_err(|_| super::cannot_hold("a name of the parent is longer than 64 KiB"))?;
                 if units.is_empty() || text.contains('\0') {
-                    return Err(super::writer::cannot_hold("a name of the parent is empty or holds a NUL"));
+                    return Err(super::cannot_hold("a name of the parent is empty or holds a NUL"));
                 }
                 let offset = buf.len() as u32;
                 put(&mut buf, offset_at, &offset.to_le_bytes());

@@ -122,6 +122,7 @@ fn mismatch(reason: String) -> ImageError {
 /// A VHDX image, and the images below it, as the disk inside.
 pub struct Reader {
     info: Info,
+    parent: Option<Arc<Reader>>,
     mapping: Mapping<Replayed<Arc<dyn BlockDevice>>>,
 }
 
@@ -145,9 +146,9 @@ impl Reader {
             structures.geometry,
             structures.regions.bat.start,
             structures.regions.all,
-            parent,
+            parent.clone().map(|parent| parent as _),
         );
-        Ok(Reader { info, mapping })
+        Ok(Reader { info, parent, mapping })
     }
 
     /// What the image says about itself.
@@ -157,7 +158,7 @@ impl Reader {
 
     /// The image below a differencing one.
     pub fn parent(&self) -> Option<&Arc<Reader>> {
-        self.mapping.parent.as_ref()
+        self.parent.as_ref()
     }
 }
 

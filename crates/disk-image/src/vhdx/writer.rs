@@ -13,9 +13,9 @@ use super::metadata::Metadata;
 use super::region_table::TABLES;
 use super::{
     Guid, Info, Kind, LOG_SECTOR, MAX_BLOCK_SIZE, MAX_FILE, MAX_SIZE, MIB, MIN_BLOCK_SIZE, ParentLocator,
-    Reader, log, region_table,
+    Reader, cannot_hold, log, region_table,
 };
-use crate::{ImageError, ImageFormat};
+use crate::ImageError;
 
 /// Changed pages of 4 KiB that wait for a flush; one more makes the writer flush by itself. So many fit into one
 /// entry of the smallest log.
@@ -80,10 +80,6 @@ pub struct ChildOptions {
     pub volume_path: Option<String>,
     /// Name of the parent by drive letter or share.
     pub absolute_win32_path: Option<String>,
-}
-
-pub(crate) fn cannot_hold(reason: impl Into<String>) -> ImageError {
-    ImageError::CannotHold { format: ImageFormat::Vhdx, reason: reason.into() }
 }
 
 /// The image file with the changes of its structures that are not in it yet.
@@ -274,7 +270,8 @@ impl Writer {
             parent: metadata.parent,
             log_replayed: false,
         };
-        let mapping = Mapping::new(live, geometry, bat.start, vec![log, items, bat], parent);
+        let mapping =
+            Mapping::new(live, geometry, bat.start, vec![log, items, bat], parent.map(|parent| parent as _));
         let state = State {
             mapping,
             header,

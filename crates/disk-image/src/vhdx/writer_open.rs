@@ -62,7 +62,7 @@ impl Writer {
             replayed.extents().map(|(range, bytes)| (range, bytes.map(<[u8]>::to_vec))).collect();
         let live = replayed.into_below();
         let mut state = State {
-            mapping: Mapping::new(live, geometry, bat, taken, parent),
+            mapping: Mapping::new(live, geometry, bat, taken, parent.map(|parent| parent as _)),
             header,
             slot: opened.current.slot,
             end,
