@@ -260,7 +260,7 @@ impl Life {
                 // Asked for is enough: a crash may leave the record with nobody told.
                 let hours = self.hours;
                 let was =
-                    self.ledger.get_mut(&id).map(|line| std::mem::replace(&mut line.deleted, Some(hours)));
+                    self.ledger.get_mut(&id).map(|line| line.deleted.replace(hours));
                 let result = pool.delete_point(id, "simulated");
                 if matches!(result, Err(PoolError::Kept { .. }))
                     && let Some((line, was)) = self.ledger.get_mut(&id).zip(was)
