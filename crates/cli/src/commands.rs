@@ -10,21 +10,9 @@ use serde_json::json;
 
 use crate::client::{Client, coded};
 use crate::output::{Output, bytes, printable, seconds};
-use crate::program::Program;
+use crate::room::Room;
 use crate::words::*;
 use crate::{jobs, local, read};
-
-/// What a command works with.
-pub struct Room<'a> {
-    /// The API.
-    pub client: Client,
-    /// Where output goes.
-    pub output: &'a Output,
-    /// What the binary adds.
-    pub program: &'a dyn Program,
-    /// Whether the API is this very process.
-    pub standalone: bool,
-}
 
 /// Does a command that needs the API.
 pub async fn run(room: &Room<'_>, command: &Command) -> Result<ExitStatus, Problem> {

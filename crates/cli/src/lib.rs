@@ -17,6 +17,7 @@ mod local;
 mod output;
 pub mod program;
 mod read;
+mod room;
 pub mod transport;
 mod words;
 
@@ -34,11 +35,11 @@ pub use program::Program;
 pub use transport::Transport;
 
 use client::Client;
-use commands::Room;
 use output::Output;
 use program::{
     AgentOptions, BreakGlass, DemoOptions, EnrollOptions, PoolCreation, ServerOptions, StandaloneOptions,
 };
+use room::Room;
 use words::*;
 
 /// Runs a command line on this process's own streams; the answer is what the process returns to the shell.

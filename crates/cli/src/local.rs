@@ -8,9 +8,9 @@ use protocol::api::{
 };
 
 use crate::client::{coded, cut};
-use crate::commands::Room;
 use crate::jobs::show_end;
 use crate::program::{LocalTargetOptions, Say};
+use crate::room::Room;
 use crate::words::RecoverDiskArgs;
 
 /// The longest range asked for at once: what a broken connection costs again.
