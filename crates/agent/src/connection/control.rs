@@ -1,26 +1,23 @@
 //! Enrolment, and the loop that keeps one control session with the server.
 
+use super::commands::Commands;
 use super::data::{LinkShared, ServerLink, Whereabouts};
 use super::state::{AgentIdentity, AgentState};
 use super::{ConnectionEvent, ConnectionSettings, Executor, about_host, dial, is_final};
 use identity::{HostKey, Standing, Token};
 use model::{Code, HostId, Problem};
 use protocol::v0::{
-    self, agent_client::AgentClient, agent_message, enrollment_client::EnrollmentClient, result,
-    server_message,
+    self, agent_client::AgentClient, agent_message, enrollment_client::EnrollmentClient, server_message,
 };
 use protocol::wire::{
     HIGHEST_VERSION, LIST_RANGES, LOWEST_VERSION, MESSAGE_BYTES, broken, from_status, put_pages, tame,
 };
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tonic::transport::Channel;
 
-/// Commands that run at once, each on a thread of its own.
-const RUNNING: usize = 256;
 /// A call that is answered at once is given up after this time.
 const CALL: Duration = Duration::from_secs(30);
 
@@ -83,79 +80,6 @@ impl<T, F: Future<Output = Result<tonic::Response<T>, tonic::Status>>> Within<T>
                 Err(Problem::new(Code::NoContact, format!("No answer within {} seconds.", limit.as_secs())))
             }
         }
-    }
-}
-
-#[derive(Default)]
-struct Book {
-    running: BTreeSet<u64>,
-    /// Results that the server has not taken yet.
-    finished: BTreeMap<u64, v0::Result>,
-    out: Option<mpsc::UnboundedSender<v0::AgentMessage>>,
-}
-
-/// The commands of this run of the agent. They outlive sessions.
-#[derive(Default)]
-pub(super) struct Commands {
-    book: Mutex<Book>,
-}
-
-impl Commands {
-    fn book(&self) -> MutexGuard<'_, Book> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sends a message, if there is a session.
-    pub(super) fn tell(&self, kind: agent_message::Kind) {
-        if let Some(out) = &self.book().out {
-            let _ = out.send(v0::AgentMessage { kind: Some(kind) });
-        }
-    }
-
-    fn open(&self) -> Vec<u64> {
-        let book = self.book();
-        book.running.iter().chain(book.finished.keys()).copied().collect()
-    }
-
-    /// The session `out` began: what was finished meanwhile is delivered.
-    fn attach(&self, out: mpsc::UnboundedSender<v0::AgentMessage>) {
-        let mut book = self.book();
-        for result in book.finished.values() {
-            let _ = out.send(v0::AgentMessage { kind: Some(agent_message::Kind::Result(result.clone())) });
-        }
-        book.out = Some(out);
-    }
-
-    fn detach(&self) {
-        self.book().out = None;
-    }
-
-    /// Whether the command is new and may run.
-    fn begin(&self, id: u64) -> Result<bool, Problem> {
-        let mut book = self.book();
-        if book.running.contains(&id) || book.finished.contains_key(&id) {
-            return Ok(false);
-        }
-        if book.running.len() >= RUNNING {
-            return Err(Problem::new(
-                Code::SourceBusy,
-                format!("{RUNNING} commands run on this host already."),
-            ));
-        }
-        Ok(book.running.insert(id))
-    }
-
-    fn finish(&self, id: u64, outcome: Result<String, Problem>) {
-        let outcome = Some(match outcome {
-            Ok(json) => result::Outcome::Ok(json),
-            Err(problem) => result::Outcome::Problem((&problem).into()),
-        });
-        let result = v0::Result { id, outcome };
-        let mut book = self.book();
-        book.running.remove(&id);
-        book.finished.insert(id, result.clone());
-        drop(book);
-        self.tell(agent_message::Kind::Result(result));
     }
 }
 
@@ -376,7 +300,7 @@ impl Agent {
                         pages.push(page);
                     }
                     server_message::Kind::ResultTaken(taken) => {
-                        self.shared.commands.book().finished.remove(&taken.id);
+                        self.shared.commands.taken(taken.id);
                     }
                     server_message::Kind::Ping(ping) => {
                         self.shared

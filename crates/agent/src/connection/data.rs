@@ -1,6 +1,6 @@
 //! What commands get of the connection: data streams of their jobs, and the way to tell how far they are.
 
-use super::control::Commands;
+use super::commands::Commands;
 use super::state::AgentIdentity;
 use super::{ConnectionSettings, dial, is_final};
 use futures::{FutureExt, StreamExt};

@@ -18,6 +18,7 @@
 //! | expired more than 90 days ago, revoked, no common version | says so ([`ConnectionEvent::Refused`]), tries again at the longest interval |
 //! | the session breaks while commands run | they go on; the next session delivers their results |
 
+mod commands;
 mod control;
 mod data;
 mod dial;

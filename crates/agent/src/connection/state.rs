@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `identity.N` | private key, certificate, fingerprint of the server | a new enrolment |
 //! | `server.N` | addresses of the server | the next session; the first time, the enrolment |
+//! | `machines.N` | definitions of machines that were frozen here, to be swept at a start | the next job of each |
 //! | `enrolling.N` | the key of an enrolment that has not ended | nothing: it is made again |
 //!
 //! Each file: `SPAGENT1`, JSON, 32 bytes of BLAKE3 of both. Files are never changed: N rises, the newest sound one
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::sync::Arc;
 
 const MAGIC: &[u8; 8] = b"SPAGENT1";
-const LARGEST: u64 = 64 * 1024;
+const LARGEST: u64 = 4 * 1024 * 1024;
 /// Addresses kept at most.
 const ADDRESSES: usize = 16;
 
@@ -31,6 +32,11 @@ struct IdentityFile {
 #[derive(Serialize, Deserialize)]
 struct ServerFile {
     addresses: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct MachinesFile {
+    definitions: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -218,6 +224,25 @@ impl AgentState {
             self.write("server", &ServerFile { addresses: addresses.clone() })?;
         }
         Ok(addresses)
+    }
+
+    /// Definitions of machines that were frozen here. The second value is damage that was found and passed over.
+    pub fn machines(&self) -> Result<(Vec<String>, Option<Problem>), Problem> {
+        let (file, damage) = self.read::<MachinesFile>("machines", "the next job of each machine")?;
+        Ok((file.map(|file| file.definitions).unwrap_or_default(), damage))
+    }
+
+    /// Keeps the list; of one that is too long for a file, the end.
+    pub fn set_machines(&self, mut definitions: Vec<String>) -> Result<(), Problem> {
+        let mut room = LARGEST as usize / 4;
+        let fits = |text: &&String| {
+            let before = room;
+            room = room.saturating_sub(text.len().saturating_add(64));
+            room > 0 || before == LARGEST as usize / 4
+        };
+        let kept = definitions.iter().rev().take_while(fits).count();
+        let definitions = definitions.split_off(definitions.len() - kept);
+        self.write("machines", &MachinesFile { definitions })
     }
 
     /// The key of the enrolment under way: a second try after a lost reply must come with the same key.
