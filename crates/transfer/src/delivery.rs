@@ -20,8 +20,8 @@ use block_io::{BlockDevice, DeviceError, Pace};
 use crossbeam_channel::{Sender, bounded, select};
 use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
+use crate::digest::ContentDigest;
 use crate::frame::Packer;
-use crate::hasher::ContentDigest;
 use crate::message::{FromTarget, MAX_RUNS, Run, ToTarget};
 use crate::scan::{BatchData, Budget, Permit, READ_BLOCKS, push_run, walk};
 use crate::steer::Order;

@@ -20,6 +20,7 @@
 //! - Data in flight is bounded by credits; a cut loses at most that (INV-17: resuming gives the same point). (must)
 
 mod delivery;
+mod digest;
 mod figures;
 mod frame;
 mod hasher;

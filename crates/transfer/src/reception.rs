@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
-use crate::hasher::digest_runs;
+use crate::digest::digest_runs;
 use crate::message::{Bitmap, MAX_OPEN_BATCHES, Report, Run, ToAgent, ToServer};
 use crate::steer::Order;
 use crate::{

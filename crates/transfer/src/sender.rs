@@ -25,8 +25,8 @@ use bytes::Bytes;
 use crossbeam_channel::{Receiver, bounded, select, unbounded};
 use model::{BLOCK_BYTES, Cause, RangeSet};
 
+use crate::digest::digest_runs;
 use crate::frame::Packer;
-use crate::hasher::digest_runs;
 use crate::message::{Bitmap, MAX_OPEN_BATCHES, Report, ToAgent, ToServer};
 use crate::scan::{Batch, BatchData, Budget, DiskReader, Piece, READ_BLOCKS, ScanError, gather};
 use crate::steer::Order;

@@ -14,7 +14,8 @@ use block_io::{BlockDevice, DeviceError, WritableDevice};
 use bytes::Bytes;
 use model::{BLOCK_BYTES, ByteRange};
 
-use crate::hasher::{ContentDigest, is_zero};
+use crate::digest::ContentDigest;
+use crate::hasher::is_zero;
 use crate::message::{Bitmap, FromTarget, Run, ToTarget};
 use crate::scan::{READ_BLOCKS, walk};
 use crate::steer::Order;
