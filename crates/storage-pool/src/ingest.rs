@@ -100,8 +100,29 @@ impl NodeSource for JobNodes {
                     .ok_or_else(|| lost("not in its frame".to_owned()));
             }
         }
-        PoolNodes { pool: self.0.pool.clone(), keys: self.0.keys.clone() }.node(id)
+        let read = PoolNodes { pool: self.0.pool.clone(), keys: self.0.keys.clone() }.node(id);
+        if let Err(PoolError::ChunkLost { .. }) = &read {
+            record_lost(&self.0, id)?;
+        }
+        read
     }
+}
+
+/// Records that no copy of a node can be had, so that the next job does not build upon it: a map that nobody knows to be
+/// damaged would fail every job of its machine.
+fn record_lost(shared: &Shared, id: &ChunkId) -> Result<(), PoolError> {
+    for place in shared.pool.find(id)? {
+        if !shared.pool.state().is_healthy(place.pack, place.frame()) {
+            continue;
+        }
+        let record = crate::format::payload::Damage {
+            pack: place.pack.0.to_vec(),
+            frames: vec![place.frame()],
+            reason: "a backup could not read a map node in it".to_owned(),
+        };
+        shared.pool.append(Kind::Damage, &record)?;
+    }
+    Ok(())
 }
 
 impl NodeSink for JobNodes {

@@ -259,8 +259,12 @@ impl Life {
                 let Some(id) = self.pick(pool, false) else { return Ok("nothing to delete".to_owned()) };
                 // Asked for is enough: a crash may leave the record with nobody told.
                 let hours = self.hours;
-                let was =
-                    self.ledger.get_mut(&id).map(|line| line.deleted.replace(hours));
+                let was = self.ledger.get_mut(&id).map(|line| {
+                    // An earlier tombstone counts, also one that this process could not read.
+                    let was = line.deleted;
+                    line.deleted.get_or_insert(hours);
+                    was
+                });
                 let result = pool.delete_point(id, "simulated");
                 if matches!(result, Err(PoolError::Kept { .. }))
                     && let Some((line, was)) = self.ledger.get_mut(&id).zip(was)
