@@ -44,7 +44,7 @@ pub const RENEWAL_GRACE: u64 = 90 * Timestamp::DAY;
 /// host whose clock is a day off must still be protected.
 pub const CLOCK_TOLERANCE: u64 = Timestamp::DAY;
 /// Certificates begin this much before they are issued, for hosts whose clock is a little behind.
-pub(crate) const BACKDATE: u64 = 3_600 * Timestamp::SECOND;
+pub const BACKDATE: u64 = 3_600 * Timestamp::SECOND;
 
 /// What can be wrong with a key, certificate or request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -192,6 +192,13 @@ impl DataChannel {
         Ok(())
     }
 
+    /// Ends the stream in use, as if the connection had broken. One that waits to be taken stays.
+    pub fn let_go(&self) {
+        if let Some(stream) = locked(&self.shared.state).current.take() {
+            stream.cut();
+        }
+    }
+
     /// A handle that can close the channel from any thread.
     pub fn doorway(&self) -> Doorway {
         Doorway { shared: Arc::clone(&self.shared) }

@@ -1,9 +1,42 @@
-//! The definition of a machine made of image files, as the server first writes it and the host reads it.
+//! What server and host tell each other about machines, as JSON inside commands and their results.
 //!
-//! Afterwards the definition is text that only hosts read. `datasource::MachineSpec` is the reading side; a test of
-//! the agent holds the two together.
+//! - The definition of a machine made of image files, as the server first writes it and the host reads it. Afterwards
+//!   it is text that only hosts read. `datasource::MachineSpec` is the reading side; a test of the agent holds the two
+//!   together.
+//! - [`MachineReport`], the result of `Inspect`, and [`SentReport`], the result of `SendOrder`. The result of every
+//!   other command is `null`, of `ListInventory` a list of definitions.
 
-use model::DatasourceId;
+use model::{Consistency, DatasourceId};
+use serde::{Deserialize, Serialize};
+
+/// A disk as its host sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// Bytes.
+    pub size: u64,
+    /// 512 or 4096.
+    pub sector: u32,
+    /// What recovery needs to make the same kind of file again: text that only a host reads.
+    pub description: String,
+}
+
+/// A machine as its host sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineReport {
+    /// Its disks, in an order that stays.
+    pub disks: Vec<DiskReport>,
+}
+
+/// What a host sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentReport {
+    /// The machine at the frozen moment.
+    pub machine: MachineReport,
+    /// How far that moment can be trusted.
+    pub consistency: Consistency,
+    /// Why that far.
+    pub evidence: String,
+}
 
 /// One image file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +48,12 @@ pub struct ImageFile {
 }
 
 /// The definition of a machine of the provider `images`.
-pub fn images_definition(id: DatasourceId, name: &str, images: &[ImageFile], allow_backing: &[String]) -> String {
+pub fn images_definition(
+    id: DatasourceId,
+    name: &str,
+    images: &[ImageFile],
+    allow_backing: &[String],
+) -> String {
     let disks: Vec<serde_json::Value> = images
         .iter()
         .map(|image| match &image.format {

@@ -90,6 +90,8 @@ fn examples() -> BTreeMap<String, Vec<u8>> {
         durable: true,
         image_json: text("{}"),
         pacing,
+        point: vec![0xB2; 16].into(),
+        disk: 1,
     };
     let page = || ListPage { command: 5, disk: 1, page: 2, ranges: vec![range] };
 

@@ -2,4 +2,5 @@
 
 pub mod api;
 pub mod app;
+pub mod remote;
 pub mod session;

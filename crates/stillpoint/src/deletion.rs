@@ -47,7 +47,7 @@ fn carry_out(root: &Path, line: &str) -> Result<(), String> {
     let order: Order = serde_json::from_str(line).map_err(|error| error.to_string())?;
     let (recipient, _, _) = read_secret(root).map_err(|problem| problem.message)?;
     let files = Arc::new(FolderFiles::new(DataFolder::new(root).pool()));
-    let world = crate::standalone::world_of(files.clone());
+    let world = crate::world::world_of(files.clone());
     run_deletion_service(&world, &*files, &recipient, order.permit, &order.runs)
         .map_err(|error| error.to_string())
 }

@@ -16,7 +16,7 @@ use protocol::api::{
 };
 use server::api::{Caller, Service};
 
-use crate::program::follow;
+use crate::follow::follow;
 use crate::standalone;
 
 const NAME: &str = "demo-vm";

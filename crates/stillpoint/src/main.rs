@@ -11,6 +11,8 @@ mod deletion;
 #[cfg(unix)]
 mod demo;
 #[cfg(unix)]
+mod follow;
+#[cfg(unix)]
 mod local_host;
 #[cfg(unix)]
 mod program;
@@ -18,6 +20,8 @@ mod program;
 mod server;
 #[cfg(unix)]
 mod standalone;
+#[cfg(unix)]
+mod world;
 
 #[cfg(unix)]
 fn main() -> ExitCode {

@@ -1,7 +1,6 @@
 //! What the command line cannot do over the API.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use block_io::WritableDevice;
 use cli::Transport;
@@ -14,9 +13,10 @@ use datasource::{Images, Provider, RecoveryTarget, TargetRequest};
 use disk_image::probe::NewDisk;
 use environment::{Clock, Randomness, SystemClock, SystemRandomness};
 use model::{Code, Problem, RecoveryPointId};
-use protocol::api::{Job, JobEvent, JobRequest, RecoverDisk, RecoverTarget};
+use protocol::api::{Job, JobRequest, RecoverDisk, RecoverTarget};
 use server::api::{Caller, Door, Service};
 
+use crate::follow::follow;
 use crate::standalone;
 
 /// The program.
@@ -155,29 +155,6 @@ impl Program for Stillpoint {
         let time = Arc::new(rustls::time_provider::DefaultTimeProvider);
         let tls = identity::agent_tls(pinned, None, time).map_err(|error| wrong(&error))?;
         Ok(Arc::new(cli::transport::Https::new(server, tls)?))
-    }
-}
-
-/// Follows a job of this process to its end; Ctrl-C cancels it.
-pub fn follow(service: &dyn Service, job: Job, say: &dyn Say) -> Result<Job, Problem> {
-    let by = Caller { name: "this process".to_owned() };
-    let mut after = 0;
-    let mut asked = false;
-    loop {
-        if say.cancelled().load(std::sync::atomic::Ordering::SeqCst) && !asked {
-            service.cancel_job(&by, job.id)?;
-            asked = true;
-        }
-        let events = service.job_events(job.id, after, Duration::from_millis(200))?;
-        after = events.next;
-        for event in events.events {
-            match event {
-                JobEvent::Progress(progress) => say.progress(&progress),
-                JobEvent::Log(line) => say.line(&line.message),
-                JobEvent::Job(ended) => return Ok(*ended),
-                JobEvent::Error(problem) => return Err(problem.into()),
-            }
-        }
     }
 }
 

@@ -8,20 +8,11 @@ use agent::Host;
 use environment::{Clock, FolderFiles, SystemClock, SystemRandomness};
 use model::{Code, PoolId, Problem};
 use server::app::{App, AppService, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts};
-use storage_pool::{Settings, World};
+use storage_pool::Settings;
 
 use crate::deletion::{ChildDeletion, NoDeletion};
 use crate::local_host::OnlyThisMachine;
-
-/// The world around the files of a pool: the machine's own clock and randomness.
-pub fn world_of(files: Arc<FolderFiles>) -> World {
-    World { files, clock: Arc::new(SystemClock), randomness: Arc::new(SystemRandomness) }
-}
-
-/// What this machine calls itself.
-pub fn machine_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
+use crate::world::{machine_name, world_of};
 
 /// How long `--wait` waits between two tries.
 const RETRY: Duration = Duration::from_millis(200);

@@ -21,6 +21,7 @@
 
 mod delivery;
 mod digest;
+mod encoded;
 mod figures;
 mod frame;
 mod hasher;
@@ -37,6 +38,7 @@ mod wire;
 mod tests;
 
 pub use delivery::{Delivered, Delivery, DeliveryError, DeliveryReport, DeliverySettings};
+pub use encoded::{Encoded, Message, Wire};
 pub use figures::{Figures, Progress, Silent};
 pub use frame::Payload;
 pub use hasher::{Hashed, hash_block};

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `identity.N` | private key, certificate, fingerprint of the server | a new enrolment |
 //! | `server.N` | addresses of the server | the next session; the first time, the enrolment |
+//! | `name.N` | the name that this host was enrolled under | a new enrolment |
 //! | `machines.N` | definitions of machines that were frozen here, to be swept at a start | the next job of each |
 //! | `enrolling.N` | the key of an enrolment that has not ended | nothing: it is made again |
 //!
@@ -32,6 +33,11 @@ struct IdentityFile {
 #[derive(Serialize, Deserialize)]
 struct ServerFile {
     addresses: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct NameFile {
+    name: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -224,6 +230,17 @@ impl AgentState {
             self.write("server", &ServerFile { addresses: addresses.clone() })?;
         }
         Ok(addresses)
+    }
+
+    /// The name that this host was enrolled under, if any.
+    pub fn name(&self) -> Result<Option<String>, Problem> {
+        let (file, _) = self.read::<NameFile>("name", "a new enrolment (`stillpoint agent enroll`)")?;
+        Ok(file.map(|file| file.name))
+    }
+
+    /// Keeps the name.
+    pub fn set_name(&self, name: &str) -> Result<(), Problem> {
+        self.write("name", &NameFile { name: name.to_owned() })
     }
 
     /// Definitions of machines that were frozen here. The second value is damage that was found and passed over.
