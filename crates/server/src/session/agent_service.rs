@@ -1,6 +1,6 @@
 //! Control and Data: the calls of enrolled hosts.
 
-use super::listener::Gate;
+use super::gate::Gate;
 use super::registry::{AgentInfo, SessionRegistry};
 use super::{OPEN_COMMANDS, SessionSettings, blocking, require_good};
 use futures::stream::BoxStream;

@@ -1,6 +1,6 @@
 //! Enroll and Renew: how a host gets its certificates.
 
-use super::listener::Gate;
+use super::gate::Gate;
 use super::{EnrolRequest, SessionSettings, blocking, too_old};
 use identity::{Fingerprint, PeerCertificate, Standing, Token};
 use model::{Code, HostId, Problem};

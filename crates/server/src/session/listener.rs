@@ -2,6 +2,7 @@
 
 use super::agent_service::AgentService;
 use super::enrollment::EnrollmentService;
+use super::gate::Gate;
 use super::registry::SessionRegistry;
 use super::tls::{FreshLeaf, TlsClock};
 use super::{SWEEP, SessionSettings};
@@ -29,16 +30,6 @@ const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_ANSWER: Duration = Duration::from_secs(8);
 /// Streams of one connection at once.
 const STREAMS: u32 = 64;
-
-/// Who is at the other end: an extension of every request.
-#[derive(Debug, Clone)]
-pub struct Gate {
-    /// The address.
-    pub remote: SocketAddr,
-    /// The certificate, proved in the handshake; `None` if none was shown. Whether it is still good is for each
-    /// request to ask.
-    pub certificate: Option<Arc<PeerCertificate>>,
-}
 
 /// Serves until `stop` becomes true or its sender is gone. `rest` answers everything that is not gRPC; its requests
 /// carry a [`Gate`].

@@ -25,11 +25,13 @@
 
 mod agent_service;
 mod enrollment;
+mod gate;
 mod listener;
 mod registry;
 mod tls;
 
-pub use listener::{Gate, serve};
+pub use gate::Gate;
+pub use listener::serve;
 pub use registry::{AgentInfo, AgentSession, PendingCommand, SessionEvent, SessionRegistry};
 
 use environment::{Clock, Randomness};
