@@ -51,4 +51,24 @@ pub const CAMPAIGNS: &[Campaign] = &[
         ],
         limit: Duration::from_secs(300),
     },
+    // As many as one likes: KILLS=200 SEED=7 cargo test -p stillpoint --test kill -- --nocapture. In the shape of the
+    // suite's own build, so that nothing is built twice.
+    Campaign {
+        name: "program: kill -9 at random moments",
+        cargo: &[
+            "--config",
+            "env.KILLS=\"40\"",
+            "--config",
+            "env.SEED=\"2\"",
+            "test",
+            "-q",
+            "--locked",
+            "--workspace",
+            "--test",
+            "kill",
+            "--",
+            "--nocapture",
+        ],
+        limit: Duration::from_secs(300),
+    },
 ];

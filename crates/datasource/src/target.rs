@@ -6,7 +6,7 @@
 //! Order of writing: state file (synced, folder synced), then the image, then [`RecoveryTarget::finish`]: image synced,
 //! renamed without replacing, folder synced, state file removed. A crash at any moment leaves either nothing, or a
 //! partial file with its state, or the whole file, at worst with a state file that nothing belongs to; the next
-//! recovery to the same place removes that one.
+//! recovery to the same place removes that one, even if it is refused because the file is there.
 //!
 //! The state file: one line of JSON and one line with its BLAKE3 hash in hexadecimal.
 
@@ -147,6 +147,7 @@ impl RecoveryTarget {
         if exists(&request.path).map_err(failed("look at it"))? {
             let kind = std::fs::symlink_metadata(&request.path).map_err(failed("look at it"))?;
             if !request.overwrite || !kind.is_file() {
+                sweep_state(&request.path);
                 let reason = if kind.is_file() { "exists" } else { "exists and is not an ordinary file" };
                 return Err(ProviderError::TargetExists { object: shown, reason: reason.to_owned() });
             }
@@ -287,6 +288,23 @@ impl RecoveryTarget {
             |error: io::Error| ProviderError::target(shown.clone(), "remove its partial file", &error);
         remove_if_there(&self.partial).map_err(failed)?;
         remove_if_there(&self.state).map_err(failed)
+    }
+}
+
+/// Removes the state file of a recovery that was cut off after the file had got its name. Only one that we wrote, and
+/// that nobody holds; what stands in the way stays.
+fn sweep_state(path: &Path) {
+    let (partial, state) = (beside(path, ".partial"), beside(path, ".partial.state"));
+    if !exists(&state).is_ok_and(|it| it) || exists(&partial).is_ok_and(|it| it) {
+        return;
+    }
+    let Ok(Some(mut lock)) = lock_state(&state) else { return };
+    let mut found = Vec::new();
+    let is_ours =
+        (&mut lock).take(STATE_LIMIT).read_to_end(&mut found).is_ok() && State::decode(&found).is_some();
+    // Under the lock: nobody has begun a partial file since.
+    if is_ours && exists(&partial).is_ok_and(|it| !it) {
+        let _ = std::fs::remove_file(&state);
     }
 }
 

@@ -245,3 +245,21 @@ fn a_full_target_is_target_full_and_can_be_continued() {
     drop((device, target));
     assert!(!RecoveryTarget::open(&request).unwrap().fresh());
 }
+
+#[test]
+fn a_state_file_whose_recovery_was_cut_off_after_the_rename_goes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.raw");
+    let request = request(&path, ImageFormat::Raw);
+    let target = RecoveryTarget::open(&request).unwrap();
+    drop(target);
+    // As a kill leaves it between the new name and the removal of the state.
+    fs::rename(folder.path().join("disk.raw.partial"), &path).unwrap();
+    assert_eq!(names(folder.path()), ["disk.raw", "disk.raw.partial.state"]);
+    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(names(folder.path()), ["disk.raw"]);
+    // Somebody's own file of that name is not ours to remove.
+    fs::write(folder.path().join("disk.raw.partial.state"), b"mine").unwrap();
+    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(names(folder.path()), ["disk.raw", "disk.raw.partial.state"]);
+}

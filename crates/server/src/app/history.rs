@@ -8,6 +8,7 @@
 //! Derived tables are a pure function of the pool (INV-6). They carry the head of the sequence: a pool that is behind it
 //! was rolled back, and nothing may be written before somebody decided (`catalog rebuild` accepts the pool as it is).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -29,13 +30,15 @@ pub struct History {
 struct Inner {
     catalog: Option<SqliteCatalog>,
     /// A reader's copy of the database lies here and goes with it.
-    _copy: Option<tempfile::TempDir>,
+    _copy: Option<Copy>,
     writes: bool,
+    /// Ended jobs that the database did not take, above all a reader's: whoever follows one must still learn its end.
+    unkept: BTreeMap<JobId, KeptJob>,
     /// Head of the sequence that the derived tables show.
     head: u64,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct KeptJob {
     job: Job,
     log: Vec<JobLogLine>,
@@ -67,7 +70,7 @@ impl History {
         let mut said = Vec::new();
         if !writes {
             let (catalog, copy) = open_copy(folder);
-            let inner = Inner { catalog, _copy: copy, writes: false, head: 0 };
+            let inner = Inner { catalog, _copy: copy, writes: false, unkept: BTreeMap::new(), head: 0 };
             return Ok((History { inner: Mutex::new(inner), folder: folder.to_owned() }, said));
         }
         let records = folder.join("records");
@@ -102,7 +105,8 @@ impl History {
             .about(pool.path()));
         }
         let head = known.map_or(0, |head| head.number);
-        let inner = Inner { catalog: Some(opened.catalog), _copy: None, writes: true, head };
+        let inner =
+            Inner { catalog: Some(opened.catalog), _copy: None, writes: true, unkept: BTreeMap::new(), head };
         let history = History { inner: Mutex::new(inner), folder: folder.to_owned() };
         history.sync(pool)?;
         Ok((history, said))
@@ -222,25 +226,30 @@ impl History {
 
     /// Keeps an ended job with its log.
     pub fn keep(&self, job: Job, log: Vec<JobLogLine>) {
-        let inner = self.inner();
-        let Some(catalog) = inner.catalog.as_ref().filter(|_| inner.writes) else { return };
+        let mut inner = self.inner();
+        let kept = KeptJob { job, log };
+        let Some(catalog) = inner.catalog.as_ref().filter(|_| inner.writes) else {
+            inner.unkept.insert(kept.job.id, kept);
+            return;
+        };
         let row = JobRow {
-            id: job.id.to_string(),
-            created: job.created_at.0.0,
-            state: job.state.word().to_owned(),
-            datasource: job.datasource.map(|id| id.to_string()).unwrap_or_default(),
-            json: serde_json::to_string(&KeptJob { job, log }).unwrap_or_default(),
+            id: kept.job.id.to_string(),
+            created: kept.job.created_at.0.0,
+            state: kept.job.state.word().to_owned(),
+            datasource: kept.job.datasource.map(|id| id.to_string()).unwrap_or_default(),
+            json: serde_json::to_string(&kept).unwrap_or_default(),
         };
         if let Err(error) = catalog.put_job(&row) {
             tracing::warn!("job {} is not in the history: {error}", row.id);
+            inner.unkept.insert(kept.job.id, kept);
         }
     }
 
     /// Ended jobs, newest first.
     pub fn jobs(&self) -> Vec<Job> {
         let inner = self.inner();
-        let Some(catalog) = &inner.catalog else { return Vec::new() };
-        let mut jobs: Vec<Job> = Vec::new();
+        let mut jobs: Vec<Job> = inner.unkept.values().map(|kept| kept.job.clone()).collect();
+        let Some(catalog) = &inner.catalog else { return jobs };
         let mut before: Option<(u64, String)> = None;
         while jobs.len() < MOST {
             let place = before.as_ref().map(|(time, id)| (*time, id.as_str()));
@@ -258,6 +267,9 @@ impl History {
 
     fn kept(&self, id: JobId) -> Option<KeptJob> {
         let inner = self.inner();
+        if let Some(kept) = inner.unkept.get(&id) {
+            return Some(kept.clone());
+        }
         let row = inner.catalog.as_ref()?.job(&id.to_string()).ok()??;
         serde_json::from_str(&row.json).ok()
     }
@@ -354,21 +366,69 @@ fn record_path(folder: &Path, number: u64) -> PathBuf {
 }
 
 /// A reader's own copy of the database, so that it neither disturbs a writer nor writes beside a read-only pool.
-fn open_copy(folder: &Path) -> (Option<SqliteCatalog>, Option<tempfile::TempDir>) {
-    let copy = || -> std::io::Result<tempfile::TempDir> {
-        let copy = tempfile::tempdir()?;
-        for entry in std::fs::read_dir(folder)? {
+/// Readers' copies of a catalog, in the system's temporary folder: recognised by name, alive while its lock is held.
+const COPY_PREFIX: &str = "stillpoint-catalog-";
+const COPY_LOCK: &str = "in-use";
+/// A copy without a lock file is just being made, or was killed right then.
+const COPY_BEGINS: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// A reader's copy of the database. It goes with the reader; what a killed one leaves, the next one removes.
+struct Copy {
+    folder: tempfile::TempDir,
+    _lock: std::fs::File,
+}
+
+impl Copy {
+    fn of(catalog: &Path) -> std::io::Result<Copy> {
+        let folder = tempfile::Builder::new().prefix(COPY_PREFIX).tempdir()?;
+        let lock = std::fs::File::create_new(folder.path().join(COPY_LOCK))?;
+        lock.try_lock().map_err(std::io::Error::from)?;
+        sweep_copies(folder.path());
+        for entry in std::fs::read_dir(catalog)? {
             let entry = entry?;
             if entry.file_type()?.is_file() {
-                std::fs::copy(entry.path(), copy.path().join(entry.file_name()))?;
+                std::fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
             }
         }
-        Ok(copy)
-    };
+        Ok(Copy { folder, _lock: lock })
+    }
+}
+
+/// Removes copies of readers that were killed, our own user's only. What cannot be removed is no reader's trouble.
+fn sweep_copies(own: &Path) {
+    let (Some(around), Ok(me)) = (own.parent(), std::fs::metadata(own)) else { return };
+    for entry in std::fs::read_dir(around).into_iter().flatten().flatten() {
+        let is_copy = entry.file_name().to_string_lossy().starts_with(COPY_PREFIX);
+        let Ok(found) = entry.metadata() else { continue };
+        if !is_copy || !found.is_dir() || entry.path() == own || !same_owner(&me, &found) {
+            continue;
+        }
+        let is_dead = match std::fs::File::open(entry.path().join(COPY_LOCK)) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            Err(_) => found.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > COPY_BEGINS)),
+        };
+        if is_dead {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(unix)]
+fn same_owner(a: &std::fs::Metadata, b: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    a.uid() == b.uid()
+}
+
+#[cfg(not(unix))]
+fn same_owner(_a: &std::fs::Metadata, _b: &std::fs::Metadata) -> bool {
+    true
+}
+
+fn open_copy(folder: &Path) -> (Option<SqliteCatalog>, Option<Copy>) {
     // Without a catalog, or while a writer changes it under the copy, lists of jobs are empty: everything else comes from
     // the pool.
-    let Ok(copy) = copy() else { return (None, None) };
-    match SqliteCatalog::open(copy.path()) {
+    let Ok(copy) = Copy::of(folder) else { return (None, None) };
+    match SqliteCatalog::open(copy.folder.path()) {
         Ok(opened) => (Some(opened.catalog), Some(copy)),
         Err(_) => (None, None),
     }
@@ -392,7 +452,7 @@ fn derived(pool: &Pool) -> Result<Derived, Problem> {
         let json = String::from_utf8_lossy(bytes).into_owned();
         rows.push((table, Row { key, owner: String::new(), order: 0, json }));
     }
-    let mut newest = std::collections::BTreeMap::new();
+    let mut newest = BTreeMap::new();
     for point in state.in_order() {
         let json = serde_json::json!({
             "machine": point.machine,
