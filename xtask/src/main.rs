@@ -7,6 +7,8 @@
 mod campaigns;
 mod changelog;
 mod demo;
+#[cfg(test)]
+mod documents;
 mod install;
 mod layers;
 mod licences;
