@@ -184,8 +184,11 @@ impl Runner {
 
     /// All jobs, newest first.
     pub fn jobs(&self) -> Vec<Job> {
-        let mut all = self.shared.history.jobs();
-        all.extend(self.shared.running().jobs.values().map(|job| job.data().job.clone()));
+        // First those at work, then those kept: a job that ends in between is in both, never in neither.
+        let mut all = self.running();
+        let kept = self.shared.history.jobs();
+        all.retain(|job| kept.iter().all(|other| other.id != job.id));
+        all.extend(kept);
         all.sort_by_key(|job| std::cmp::Reverse((job.created_at.0, job.id)));
         all
     }
