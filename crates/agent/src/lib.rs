@@ -1,8 +1,7 @@
 //! The agent: connects a host's datasources to a server.
 //!
 //! Wiring only. [`host`] is what a host does for an order, whoever brings it; `connection` dials a server and brings
-//! its orders here; [`executor`] stands between
-//! the two.
+//! its orders here; [`executor`] stands between the two.
 
 pub mod executor;
 pub mod host;

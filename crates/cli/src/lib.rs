@@ -151,16 +151,19 @@ fn dispatch(words: &Words, program: &dyn Program, output: &Output) -> Result<u8,
         Command::Demo { data, image, keep } => {
             done(program.demo(&DemoOptions { data: data.clone(), image: image.clone(), keep: *keep }, output))
         }
-        Command::Server(ServerCommand::Run { data, listen, config, create }) => done(program.server_run(
-            &ServerOptions {
-                data: data.clone(),
-                listen: listen.clone(),
-                config: config.clone(),
-                create: creation(create),
-                pool: globals.pool_id,
-            },
-            output,
-        )),
+        Command::Server(ServerCommand::Run { data, listen, config, kit, create }) => {
+            done(program.server_run(
+                &ServerOptions {
+                    data: data.clone(),
+                    listen: listen.clone(),
+                    config: config.clone(),
+                    create: creation(create),
+                    pool: globals.pool_id,
+                    kit: kit.clone(),
+                },
+                output,
+            ))
+        }
         Command::Agent(AgentCommand::Enroll { token, name, state }) => {
             let server = globals.server.clone().ok_or_else(|| {
                 Problem::new(Code::Usage, "An agent needs the server's address.").hint("Add --server URL.")

@@ -81,6 +81,8 @@ pub struct ServerOptions {
     pub create: PoolCreation,
     /// Refuse any other pool.
     pub pool: Option<PoolId>,
+    /// Take over the pool that lies in the data folder with its recovery kit.
+    pub kit: Option<PathBuf>,
 }
 
 /// `stillpoint agent enroll`.

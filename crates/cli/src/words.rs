@@ -194,6 +194,9 @@ pub enum ServerCommand {
         /// The configuration file
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
+        /// Take over the pool that was copied or mounted as DIR/pool, with its recovery kit
+        #[arg(long, value_name = "FILE")]
+        kit: Option<PathBuf>,
         #[command(flatten)]
         create: CreationArgs,
     },

@@ -143,7 +143,7 @@ impl Program for Stillpoint {
     }
 
     fn this_host(&self) -> Option<String> {
-        None
+        crate::agent::this_host()
     }
 
     fn connect(&self, server: &str, fingerprint: &str) -> Result<Arc<dyn Transport>, Problem> {

@@ -127,6 +127,12 @@ pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
 
     let folder = DataFolder::new(&options.data);
     let world = world_of(Arc::new(FolderFiles::new(folder.pool())));
+    if let Some(kit) = &options.kit {
+        let pool = folder.adopt(&world, kit, &machine)?;
+        say.line(&format!(
+            "Took over pool {pool} with its recovery kit. Its next synchronisations read everything."
+        ));
+    }
     let open = FolderOptions {
         create: Some(standalone::settings(&options.create)),
         pool: options.pool,

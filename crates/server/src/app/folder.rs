@@ -156,6 +156,51 @@ impl DataFolder {
         Ok(Opened { pool: Arc::new(pool), recipient, created_kit: None, damage })
     }
 
+    /// Takes over a pool that was copied or mounted as `pool/` into a folder that has no key of its own: the kit opens it,
+    /// the folder gets a key of its own, and whatever server wrote to this pool before may not write to it any more.
+    ///
+    /// Nobody can tell whether a copy is the newest state of its pool. So no change list is believed until everything
+    /// was read once (INV-22).
+    pub fn adopt(&self, world: &World, kit: &Path, name: &str) -> Result<PoolId, Problem> {
+        let secret = self.root.join(SECRET_NAME);
+        if secret.exists() {
+            return Err(Problem::new(
+                Code::TargetExists,
+                format!("{} exists: this data folder has its own key and needs no kit.", secret.display()),
+            )
+            .about(self.root.display().to_string())
+            .hint("Leave out --kit."));
+        }
+        if !self.pool().join("pool.stillpoint").exists() {
+            return Err(no_data(&self.root, "has no pool/pool.stillpoint")
+                .hint("Copy or mount the pool as the folder `pool` in it, then give its recovery kit."));
+        }
+        let kit = open_kit(kit)?.recipient;
+        let mut server = [0u8; 16];
+        world
+            .randomness
+            .fill(&mut server)
+            .map_err(|error| Problem::new(Code::Internal, format!("No random bytes: {error}.")))?;
+        let access = Access::Write { server, name: name.to_owned() };
+        let pool = Pool::open(world.clone(), &kit, access).map_err(jobs::problem::pool)?;
+        let head = pool.state().head;
+        pool.put_document(jobs::synchronize::DOUBT_DOCUMENT, Some(head.to_string().as_bytes()))
+            .map_err(jobs::problem::pool)?;
+        let problem = std::cell::RefCell::new(None);
+        // The key file of the pool first, the secret that opens it last: a folder with a secret is a finished one.
+        pool.add_kit(&mut |recipient| {
+            let kept = write_secret(&self.root, recipient, &server)
+                .and_then(|()| read_secret(&self.root).map(|(recipient, _, _)| recipient));
+            kept.map_err(|error| {
+                let message = error.message.clone();
+                problem.borrow_mut().replace(error);
+                PoolError::Misuse(message)
+            })
+        })
+        .map_err(|error| problem.into_inner().unwrap_or_else(|| jobs::problem::pool(error)))?;
+        Ok(kit.pool)
+    }
+
     /// Damage of the files of the folder that are not the pool's.
     pub(crate) fn examine(&self) -> Vec<Damage> {
         match read_secret(&self.root) {
@@ -200,20 +245,7 @@ impl DataFolder {
             })
         })
         .map_err(|error| kit_problem.into_inner().unwrap_or_else(|| jobs::problem::pool(error)))?;
-        let mut content = Vec::with_capacity(80);
-        content.extend_from_slice(&created.server.pool.0);
-        content.extend_from_slice(&created.server.id.0);
-        content.extend_from_slice(created.server.secret.expose());
-        content.extend_from_slice(&server);
-        let files = FolderFiles::new(&self.root);
-        let path = self.root.join(SECRET_NAME);
-        let write = || -> io::Result<()> {
-            files.make_folder("keys")?;
-            let mut file = files.create(SECRET_NAME)?;
-            file.append(&twin::encode(twin::SECRET, &content))?;
-            file.publish()
-        };
-        write().map_err(|error| io_problem(&path, "write", &error))?;
+        write_secret(&self.root, &created.server, &server)?;
         Ok(Opened {
             pool: Arc::new(created.pool),
             recipient: created.server,
@@ -221,6 +253,22 @@ impl DataFolder {
             damage: Vec::new(),
         })
     }
+}
+
+fn write_secret(root: &Path, recipient: &Recipient, server: &[u8; 16]) -> Result<(), Problem> {
+    let mut content = Vec::with_capacity(80);
+    content.extend_from_slice(&recipient.pool.0);
+    content.extend_from_slice(&recipient.id.0);
+    content.extend_from_slice(recipient.secret.expose());
+    content.extend_from_slice(server);
+    let files = FolderFiles::new(root);
+    let write = || -> io::Result<()> {
+        files.make_folder("keys")?;
+        let mut file = files.create(SECRET_NAME)?;
+        file.append(&twin::encode(twin::SECRET, &content))?;
+        file.publish()
+    };
+    write().map_err(|error| io_problem(&root.join(SECRET_NAME), "write", &error))
 }
 
 /// The server's way into the pool, the id of its data folder, and what is wrong with one copy of the file.
