@@ -1,7 +1,8 @@
-//! `kill -9` of the real program at random moments (issue: acceptance 4), standalone: server and agent in one process.
+//! `kill -9` of the real program at random moments: standalone, with server and agent in one process, and as server and
+//! agent over the network, where one of the two is killed and started again.
 //!
 //! ```text
-//! cargo test -p stillpoint --test kill                                    the slice: 12 kills
+//! cargo test -p stillpoint --test kill                                    the slice: 12 and 6 kills
 //! KILLS=200 SEED=7 cargo test -p stillpoint --test kill -- --nocapture    a campaign
 //! ```
 //!
@@ -13,6 +14,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod machines;
+mod network;
 mod program;
 mod world;
 
@@ -26,14 +28,23 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 #[test]
-fn every_acknowledged_point_survives_kills_at_random_moments() {
-    let (kills, seed) = (number("KILLS", 12), number("SEED", 1));
+fn standalone_every_acknowledged_point_survives_kills_at_random_moments() {
+    campaign(false, number("KILLS", 12));
+}
+
+#[test]
+fn every_acknowledged_point_survives_kills_of_server_and_agent() {
+    campaign(true, number("KILLS", 6));
+}
+
+fn campaign(has_network: bool, kills: u64) {
+    let seed = number("SEED", 1);
     let folder = tempfile::tempdir().unwrap();
     let replay =
         format!("replay: KILLS={kills} SEED={seed} cargo test -p stillpoint --test kill -- --nocapture");
     println!("{kills} kills, seed {seed}; {replay}");
     let began = Instant::now();
-    let mut world = world::World::new(folder.path(), seed);
+    let mut world = world::World::new(folder.path(), seed, has_network);
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         for kill in 1..=kills {
             world.kill(kill as u32);

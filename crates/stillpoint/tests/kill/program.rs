@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::network::Network;
+
 /// No command of these tests takes a tenth of this; one that does hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -20,6 +22,8 @@ pub struct Program {
     /// `TMPDIR` of all that is started.
     pub temporary: PathBuf,
     said: PathBuf,
+    /// Server and agent, if they are processes of their own.
+    pub network: Option<Network>,
 }
 
 /// A command that runs.
@@ -46,14 +50,15 @@ pub struct Ended {
 
 impl Program {
     /// The program under test, working in `folder`.
-    pub fn new(folder: &Path) -> Program {
+    pub fn new(folder: &Path, has_network: bool) -> Program {
         let built = Path::new(env!("CARGO_BIN_EXE_stillpoint"));
         let binary = folder.join("stillpoint");
         fs::hard_link(built, &binary).or_else(|_| fs::copy(built, &binary).map(drop)).unwrap();
         let (temporary, said) = (folder.join("temporary"), folder.join("said"));
         fs::create_dir(&temporary).unwrap();
         fs::create_dir(&said).unwrap();
-        Program { binary, data: folder.join("data"), temporary, said }
+        let network = has_network.then(|| Network::new(binary.clone(), folder.to_owned()));
+        Program { binary, data: folder.join("data"), temporary, said, network }
     }
 
     /// Starts a command on the data folder.
@@ -61,11 +66,15 @@ impl Program {
         // Into files, not pipes: what a killed process said stays, and nobody waits for an end of a pipe.
         let (out, err) = (self.said.join("out"), self.said.join("err"));
         let began = Instant::now();
-        let child = Command::new(&self.binary)
-            .arg("--json")
-            .arg("--standalone")
-            .arg(&self.data)
-            .args(words)
+        let mut command = match &self.network {
+            Some(network) => network.command(words),
+            None => {
+                let mut command = Command::new(&self.binary);
+                command.arg("--json").arg("--standalone").arg(&self.data).args(words);
+                command
+            }
+        };
+        let child = command
             .env("TMPDIR", &self.temporary)
             .env_remove("STILLPOINT_SERVER")
             .stdin(Stdio::null())
@@ -97,12 +106,17 @@ impl Program {
         found
     }
 
-    /// Waits until nothing of the program lives; what does is the answer.
+    /// Waits until nothing of the program lives that should not; what does is the answer.
     pub fn survivors(&self) -> Vec<(i32, String)> {
         let began = Instant::now();
         loop {
             let living = self.processes();
-            if living.is_empty() || began.elapsed() > Duration::from_secs(10) {
+            // Server, its deletion service, agent.
+            let rightly = if self.network.is_some() { 3 } else { 0 };
+            if living.len() == rightly {
+                return Vec::new();
+            }
+            if began.elapsed() > Duration::from_secs(10) {
                 return living;
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -157,10 +171,15 @@ impl Ended {
         self.of_type("job").find(|job| job["state"] == "succeeded")
     }
 
+    /// A figure of the job that succeeded.
+    pub fn figure(&self, name: &str) -> Option<&Value> {
+        self.succeeded()?.get(name).filter(|value| !value.is_null())
+    }
+
     /// The point that was acknowledged.
     pub fn point(&self) -> Option<&str> {
         // A recovery names the point that it recovered.
-        self.succeeded().filter(|job| job["target"].is_null())?["recovery_point"].as_str()
+        self.figure("recovery_point").filter(|_| self.figure("target").is_none())?.as_str()
     }
 
     /// Everything it said, for messages.

@@ -9,7 +9,8 @@ use environment::SeededRandomness;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::machines::{Machine, hash_of};
-use crate::program::{Ended, Program};
+use crate::network::{HOST, Victim};
+use crate::program::{Ended, Program, Running};
 
 /// States in which a point can be recovered from without a word of doubt.
 const GOOD: [&str; 3] = ["committed", "verified", "restore-tested"];
@@ -105,13 +106,13 @@ fn words(words: &[&str]) -> Vec<String> {
 
 impl World {
     /// A world in `folder`, all of it following from `seed`, but for the moments of the kills.
-    pub fn new(folder: &Path, seed: u64) -> World {
+    pub fn new(folder: &Path, seed: u64, has_network: bool) -> World {
         for name in ["images", "recovered"] {
             fs::create_dir(folder.join(name)).unwrap();
         }
         let mut world = World {
             folder: folder.to_owned(),
-            program: Program::new(folder),
+            program: Program::new(folder, has_network),
             random: SeededRandomness::new(seed),
             machines: Vec::new(),
             machines_made: 0,
@@ -149,10 +150,20 @@ impl World {
     fn adding(&self, machine: usize) -> Vec<String> {
         let machine = &self.machines[machine];
         let mut all = words(&["datasource", "add-image", &machine.name]);
-        all.extend(machine.disks.iter().map(|disk| disk.path.display().to_string()));
-        all.extend(words(&["--floor-points", "0", "--floor-age", "0s"]));
-        all.extend(words(&["--soft-delete", "0s", "--reclaim-hold", "0s"]));
+        all.extend(machine.disks.iter().map(|disk| self.there(&disk.path)));
+        if self.program.network.is_none() {
+            all.extend(words(&["--floor-points", "0", "--floor-age", "0s"]));
+            all.extend(words(&["--soft-delete", "0s", "--reclaim-hold", "0s"]));
+        }
         all
+    }
+
+    /// A path as the command line names it.
+    fn there(&self, path: &Path) -> String {
+        match self.program.network {
+            Some(_) => format!("{HOST}:{}", path.display()),
+            None => path.display().to_string(),
+        }
     }
 
     fn points_of(&self, machine: &str) -> Vec<String> {
@@ -280,7 +291,7 @@ impl World {
                 let format = ["raw", "raw", "qcow2", "vhdx"][self.below(4)];
                 let path = self.folder.join("recovered").join(format!("{}.{format}", self.story.len()));
                 plan.words = words(&["recover", "disk", &machine, "--point", &id]);
-                plan.words.extend(words(&["--disk", &disk.to_string(), "--to", &path.display().to_string()]));
+                plan.words.extend(words(&["--disk", &disk.to_string(), "--to", &self.there(&path)]));
                 plan.target = Some((path, hashes[disk]));
             }
             Kind::Rebuild => plan.words = words(&["catalog", "rebuild"]),
@@ -294,19 +305,48 @@ impl World {
         let plan = self.plan();
         let usual = self.seconds.get(&plan.kind).copied().unwrap_or(0.08);
         let at = Duration::from_secs_f64(usual * 1.3 * self.random.below(10_000) as f64 / 10_000.0);
-        let on_service = plan.kind == Kind::Reclaim && self.random.below(4) == 0;
-        let whom = if on_service { "deletion service" } else { "program" };
-        let told =
-            format!("kill {number}: {whom} of `{}` after {at:?} of {usual:.3} s", plan.words.join(" "));
-        self.story.push(told);
-        let ended = if on_service {
-            self.kill_service(&plan, at)
-        } else {
-            self.program.start(&plan.words).kill_at(at)
+        let on_service =
+            self.program.network.is_none() && plan.kind == Kind::Reclaim && self.random.below(4) == 0;
+        let has_agent = matches!(
+            plan.kind,
+            Kind::Add | Kind::Protect | Kind::List | Kind::FullScan | Kind::Check | Kind::Recover
+        );
+        let victim = if has_agent && self.random.below(2) == 0 { Victim::Agent } else { Victim::Server };
+        let whom = match (self.program.network.is_some(), on_service) {
+            (true, _) => format!("{victim:?}"),
+            (_, true) => "deletion service".to_owned(),
+            _ => "program".to_owned(),
         };
+        self.story.push(format!(
+            "kill {number}: {whom} of `{}` after {at:?} of {usual:.3} s",
+            plan.words.join(" ")
+        ));
+        let running = self.program.start(&plan.words);
+        let ended = if let Some(network) = &mut self.program.network {
+            std::thread::sleep(at);
+            network.kill(victim);
+            match victim {
+                // A command whose server died ends by itself.
+                Victim::Server => {
+                    let ended = running.end();
+                    network.restart(victim);
+                    ended
+                }
+                // The agent is back while the command is still under way.
+                Victim::Agent => {
+                    network.restart(victim);
+                    running.end()
+                }
+            }
+        } else if on_service {
+            self.kill_service(running, at)
+        } else {
+            running.kill_at(at)
+        };
+        let was_hit = ended.status.is_none() || self.program.network.is_some() && ended.status != Some(0);
         let tally = self.tally.entry(plan.kind).or_default();
         tally.kills += 1;
-        tally.hit += u32::from(ended.status.is_none());
+        tally.hit += u32::from(was_hit);
         tally.told += u32::from(ended.succeeded().is_some());
         // Half of the time the next command meets a deletion service that still lives.
         if self.random.below(2) == 0 {
@@ -326,8 +366,7 @@ impl World {
     }
 
     /// The service is killed, the program must end by itself.
-    fn kill_service(&mut self, plan: &Plan, at: Duration) -> Ended {
-        let running = self.program.start(&plan.words);
+    fn kill_service(&mut self, running: Running, at: Duration) -> Ended {
         std::thread::sleep(at);
         let main = running.id();
         if let Some((id, _)) = self
@@ -361,9 +400,7 @@ impl World {
         {
             self.machines[machine].is_added = true;
         }
-        if let Some(job) = ended.succeeded() {
-            self.bytes_freed += job["bytes_freed"].as_u64().unwrap_or(0);
-        }
+        self.bytes_freed += ended.figure("bytes_freed").and_then(|bytes| bytes.as_u64()).unwrap_or(0);
         match plan.kind {
             Kind::Reclaim => self.has_garbage &= ended.status != Some(0),
             _ => self.has_garbage |= !plan.going.is_empty(),
@@ -438,6 +475,8 @@ impl World {
 
     /// Nothing temporary is left, wherever a command may have put something.
     fn no_strays(&self, is_reader: bool) {
+        // A server at work has its database open, and a reader clears nothing up, because it writes nothing.
+        let is_closed = self.program.network.is_none() && !is_reader;
         let mut strays = Vec::new();
         let mut folders = vec![self.folder.clone()];
         while let Some(folder) = folders.pop() {
@@ -449,8 +488,7 @@ impl World {
                     || name.starts_with(".stillpoint-frozen")
                     || [".partial", ".partial.state"].iter().any(|end| name.ends_with(end))
                     || name.contains(".damaged-")
-                    // A reader writes nothing, so it clears nothing up either.
-                    || !is_reader && [".new", "-wal", "-shm"].iter().any(|end| name.ends_with(end));
+                    || is_closed && [".new", "-wal", "-shm"].iter().any(|end| name.ends_with(end));
                 if is_stray {
                     strays.push(path.display().to_string());
                 }
@@ -476,7 +514,7 @@ impl World {
             for (disk, hash) in entry.disks.iter().enumerate() {
                 let path = self.folder.join("recovered").join("whole.raw");
                 let mut all = words(&["recover", "disk", &entry.machine, "--point", &id]);
-                all.extend(words(&["--disk", &disk.to_string(), "--to", &path.display().to_string()]));
+                all.extend(words(&["--disk", &disk.to_string(), "--to", &self.there(&path)]));
                 let ended = self.program.run(&all);
                 assert_eq!(ended.status, Some(0), "{}", ended.told());
                 assert_eq!(hash_of(&path), *hash, "recovered otherwise: {}", ended.told());
@@ -489,6 +527,10 @@ impl World {
     /// The end: everything once more, and equal tables of the catalog.
     pub fn conclude(&mut self) {
         self.examine(usize::MAX);
+        if self.program.network.is_some() {
+            // A server at work brings its tables up to date by and by.
+            self.program.run(&words(&["catalog", "rebuild"]));
+        }
         let rebuilt = self.program.run(&words(&["catalog", "rebuild"]));
         let job = rebuilt.succeeded().unwrap_or_else(|| panic!("{}", rebuilt.told()));
         let log = self.program.run(&words(&["job", "log", job["id"].as_str().unwrap()]));
