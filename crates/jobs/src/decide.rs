@@ -110,13 +110,16 @@ pub fn plan(wish: &Wish, disks: &[DiskView], replica: Option<&Replica>) -> Resul
     if replica.is_none() && !matches!(wish, Wish::Protect) {
         return Err(Refusal::NotProtected);
     }
-    let plans: Vec<DiskPlan> =
-        disks.iter().zip(0u32..).map(|(view, index)| plan_disk(wish, index, view, replica)).collect();
+    let plans: Vec<DiskPlan> = disks
+        .iter()
+        .zip(0u32..)
+        .map(|(view, index)| plan_disk(wish, index, view, disks.len(), replica))
+        .collect();
     let cause = chain(&plans);
     Ok(Plan { disks: plans, cause })
 }
 
-fn plan_disk(wish: &Wish, index: u32, view: &DiskView, replica: Option<&Replica>) -> DiskPlan {
+fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Option<&Replica>) -> DiskPlan {
     let known = replica.and_then(|replica| replica.disks.get(&index));
     let keep_map = known.is_some_and(|disk| disk.damaged.is_some());
     let rotation = known.map_or(0, |disk| disk.rotation);
@@ -140,6 +143,11 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, replica: Option<&Replica>
     };
     if *full_scan {
         return full("full scan", vec!["it was asked for".to_owned()]);
+    }
+    if replica.disks.len() != disks {
+        // Disks are told apart by their place: where one came or went, the others may have moved.
+        let moved = format!("the machine has {disks} disks, the replica {}", replica.disks.len());
+        return full("full scan", vec![moved]);
     }
     let Some(list) = lists.get(&index) else {
         return full("full scan", vec![format!("disk {index} has no list of changed extents")]);

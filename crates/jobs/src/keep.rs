@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{DatasourceId, Problem, RecoveryPointId, Timestamp};
-use storage_pool::Pool;
 use storage_pool::state::Point;
+use storage_pool::{MapRoot, Pool};
 
 use crate::problem;
 
@@ -37,12 +37,25 @@ pub fn plan_prune(
     let state = pool.state().clone();
     let mut plan = PrunePlan::default();
     let mut good_seen: BTreeMap<DatasourceId, u32> = BTreeMap::new();
+    // A point of which something is lost takes no good point's place: the older whole ones are all there is.
+    let is_damaged = |point: &Point| -> Result<bool, Problem> {
+        let lost = |disk: &storage_pool::state::PointDisk| {
+            let map = MapRoot { root: disk.root, levels: disk.levels };
+            pool.lost_blocks(point.domain, map).map(|lost| !lost.is_empty())
+        };
+        for disk in &point.disks {
+            if lost(disk).map_err(problem::pool)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
     let live = state
         .in_order()
         .rev()
         .filter(|point| point.deleted.is_none() && machine.is_none_or(|machine| point.datasource == machine));
     for point in live {
-        let is_good = point.suspect.is_none() && !point.incomplete;
+        let is_good = point.suspect.is_none() && !point.incomplete && !is_damaged(point)?;
         let seen = good_seen.entry(point.datasource).or_default();
         let rank = *seen;
         *seen += u32::from(is_good);

@@ -40,8 +40,8 @@ pub struct Outcome {
 
 /// The newest point of a machine that its next point can be made from, with what is known against it.
 ///
-/// Soft-deleted points serve too, as long as their chunks are there: content is compared, not believed. Only change
-/// lists need more.
+/// A deleted point serves no more, even while it could be had back: what it names may be reclaimed. A suspect one does:
+/// content is compared, not believed. Only change lists need more.
 pub fn replica(pool: &Arc<Pool>, machine: model::DatasourceId) -> Result<Option<(Point, Replica)>, Problem> {
     let state = pool.state().clone();
     let soft_delete = pool.settings().soft_delete;
@@ -94,11 +94,10 @@ fn doubt(pool: &Pool, state: &State, point: &Point) -> Option<String> {
             "a record of the pool after the newest point cannot be read, it may be a newer point".to_owned(),
         );
     }
-    let before: u64 = pool
-        .document(DOUBT_DOCUMENT)
-        .and_then(|bytes| String::from_utf8(bytes).ok())
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(0);
+    // A document that cannot be understood doubts everything.
+    let before: u64 = pool.document(DOUBT_DOCUMENT).map_or(0, |bytes| {
+        String::from_utf8(bytes).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(u64::MAX)
+    });
     (point.number <= before)
         .then(|| "the pool was found older than it had been, so newer points may be lost".to_owned())
 }
@@ -139,6 +138,29 @@ fn refuse(machine: &Machine, refusal: &Refusal) -> Problem {
     problem.about(machine.name.clone())
 }
 
+/// Somebody else made or judged points of the machine while this run made one.
+fn overtaken(machine: &Machine) -> Problem {
+    Problem::new(
+        Code::SourceBusy,
+        format!("Another job changed the replica of {} while this one ran.", machine.name),
+    )
+    .about(machine.name.clone())
+}
+
+/// Refuses a run whose ground has moved: its plan trusted a replica that is not the newest, or not trusted, any more.
+/// Whoever starts jobs lets one of a machine run at a time; this is for the day when that fails.
+fn prove_ground(pool: &Pool, machine: &Machine, base: Option<&Point>) -> Result<(), Problem> {
+    let state = pool.state();
+    let is_newer = |point: &Point| base.is_none_or(|base| point.number > base.number);
+    let newer = state.in_order().rev().find(|point| point.datasource == machine.id).filter(|p| is_newer(p));
+    // Before the run there may have been newer ones that are deleted, and expired ones where there is no base.
+    let came = newer.is_some_and(|point| point.deleted.is_none());
+    let judged = base.is_some_and(|base| {
+        state.points.get(&base.id).is_none_or(|now| now.suspect.is_some() != base.suspect.is_some())
+    });
+    if came || judged { Err(overtaken(machine)) } else { Ok(()) }
+}
+
 struct Reported<'a> {
     context: &'a dyn JobContext,
     nodes: storage_pool::JobNodes,
@@ -165,13 +187,21 @@ pub fn run(
     captured: Timestamp,
     context: &dyn JobContext,
 ) -> Result<Outcome, Problem> {
-    let (plan, view, base) = plan(pool, host, machine, wish)?;
-    context.log(LogLevel::Info, format!("Plan: {}.", plan.cause));
-    let domain = match &base {
+    let (_, view, seen) = plan(pool, host, machine, wish)?;
+    let domain = match &seen {
         Some(point) => point.domain,
         None => pool.default_domain().map_err(problem::pool)?,
     };
     let ingest = Ingest::begin(pool, domain).map_err(problem::pool)?;
+    // That may have waited for a reclaim, and points may have gone meanwhile. From here on nothing is reclaimed, so
+    // what counts is what the replica is now.
+    let (base, replica) = replica(pool, machine.id)?.unzip();
+    let plan =
+        decide::plan(wish, &view.disks, replica.as_ref()).map_err(|refusal| refuse(machine, &refusal))?;
+    if base.as_ref().is_some_and(|point| point.domain != domain) {
+        return Err(overtaken(machine));
+    }
+    context.log(LogLevel::Info, format!("Plan: {}.", plan.cause));
     let mut disks = Vec::new();
     for (index, (disk, planned)) in view.disks.iter().zip(&plan.disks).enumerate() {
         let known =
@@ -268,6 +298,8 @@ pub fn run(
         .about(machine.name.clone()));
     }
 
+    prove_ground(pool, machine, base.as_ref())?;
+
     // The tracker was caught: every point it helped to make is in doubt, before anything else is said (INV-22).
     let mut suspects = Vec::new();
     if let Some(first) = findings.first() {
@@ -278,6 +310,7 @@ pub fn run(
         );
         pool.mark_suspect(&suspects, &reason).map_err(problem::pool)?;
         let count = suspects.len();
+        // Said before the commit, which may fail: so it promises nothing of this run's point.
         context.log(
             LogLevel::Warning,
             format!(
@@ -287,7 +320,7 @@ pub fn run(
         context.alert(
             Problem::new(Code::PointNotUsable, format!("The change tracker of {} left out changes: {count} points are suspect.", machine.name))
                 .about(machine.name.clone())
-                .hint("The newest point is right: everything was compared. Distrust the tracker until its cause is found."),
+                .hint("A point made by or after this job is right, everything was compared for it. Distrust the tracker until its cause is found."),
         );
     }
 
@@ -370,11 +403,14 @@ fn points_in_doubt(pool: &Pool, machine: model::DatasourceId) -> Vec<RecoveryPoi
     let is_full = |point: &&Point| point.disks.iter().all(|disk| disk.full_compare == Some(point.id));
     let newest_full = state.in_order().rev().filter(|point| point.datasource == machine).find(is_full);
     let proved_up_to = newest_full.map_or(0, |point| point.number);
-    state
-        .in_order()
-        .filter(|point| point.datasource == machine && point.number > proved_up_to && point.suspect.is_none())
-        .map(|point| point.id)
-        .collect()
+    let since: Vec<&Point> =
+        state.in_order().filter(|point| point.datasource == machine && point.number > proved_up_to).collect();
+    // A point whose record cannot be read now may be had back from a copy: then it must be suspect as well.
+    let unread = since.iter().filter_map(|point| point.base).filter(|base| !state.points.contains_key(base));
+    let mut doubtful: Vec<RecoveryPointId> =
+        since.iter().filter(|point| point.suspect.is_none()).map(|point| point.id).collect();
+    doubtful.extend(unread);
+    doubtful
 }
 
 fn figure_map(figures: &Figures, stored: u64) -> BTreeMap<String, u64> {
