@@ -138,6 +138,7 @@ impl Runner {
         }
         let thread = running.clone();
         let began = self.shared.clock.monotonic_micros();
+        let claimed = exclusive.as_ref().map(|(id, _)| *id);
         let body = move || {
             let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&thread)))
                 .unwrap_or_else(|_| {
@@ -147,7 +148,11 @@ impl Runner {
         };
         let spawned = std::thread::Builder::new().name(format!("job-{}", kind.word())).spawn(body);
         if let Err(error) = spawned {
-            self.shared.running().jobs.remove(&id);
+            let mut all = self.shared.running();
+            all.jobs.remove(&id);
+            if let Some(datasource) = claimed {
+                all.busy.remove(&datasource);
+            }
             return Err(Problem::new(Code::Internal, format!("No thread for the job: {error}.")));
         }
         Ok(job)

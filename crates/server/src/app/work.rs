@@ -401,7 +401,13 @@ impl App {
 
     fn reclaim(&self, options: ReclaimOptions, job: &RunningJob) -> Result<Done, Problem> {
         job.phase("reclaiming", None);
-        let report = self.pool().reclaim(options, &*self.parts.deletion).map_err(jobs::problem::pool)?;
+        let report = self.pool().reclaim(options, &*self.parts.deletion).map_err(|error| match error {
+            storage_pool::PoolError::Busy { .. } => {
+                Problem::new(Code::PoolBusy, "Backups or another reclaim are under way; nothing was freed.")
+                    .hint("Run it again when `stillpoint job list` shows none of them running.")
+            }
+            error => jobs::problem::pool(error),
+        })?;
         let now = self.parts.clock.now_micros();
         job.log(
             LogLevel::Info,
