@@ -125,6 +125,7 @@ fn told(event: &ConnectionEvent) -> String {
 
 /// Runs the agent until it is told to stop.
 pub fn run(options: &AgentOptions, say: &dyn Say) -> Result<(), Problem> {
+    crate::world::log_to_stderr();
     let folder = folder(&options.state);
     let state = state(&folder);
     let name = state.name()?.unwrap_or_else(machine_name);

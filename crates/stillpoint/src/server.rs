@@ -115,6 +115,7 @@ fn no_random(error: std::io::Error) -> Problem {
 
 /// Runs the server until it is told to stop.
 pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
+    crate::world::log_to_stderr();
     let config = options.config.as_deref().map(Config::read).transpose()?.unwrap_or_default();
     let listener = bind(options.listen.as_deref().or(config.listen.as_deref()))?;
     let local = listener
@@ -151,7 +152,7 @@ pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
         ));
     }
     for damage in &opened.damage {
-        say.line(&format!("Warning: {damage:?}"));
+        say.line(&format!("Warning: {}", standalone::describe(damage)));
     }
 
     // From here on only the other process can remove anything of the pool (INV-15). Before the first thread: the kernel

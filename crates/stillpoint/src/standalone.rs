@@ -137,7 +137,8 @@ pub fn break_glass(pool: &Path, kit: &Path) -> Result<Running, Problem> {
     )
 }
 
-fn describe(damage: &storage_pool::Damage) -> String {
+/// A damage in words.
+pub fn describe(damage: &storage_pool::Damage) -> String {
     match damage {
         storage_pool::Damage::File { path, offset, reason, derived: true } => {
             format!("{path}: byte {offset}: {reason}; it is made again from the packs.")

@@ -180,6 +180,34 @@ fn an_agent_killed_in_the_middle_leaves_nothing_behind_and_the_next_run_is_right
     agent.process.stop();
 }
 
+#[test]
+fn a_server_killed_in_the_middle_takes_its_agents_back_and_lets_their_disks_go() {
+    let room = tempfile::tempdir().unwrap();
+    let path = |name: &str| room.path().join(name);
+    let mut server = Server::start(&path("data"), &[]);
+    let _agent = Agent::enrolled(&server, "hv1", &path("agent"));
+    std::fs::create_dir(path("vm")).unwrap();
+    let disk = path("vm").join("disk.raw");
+    image(&disk, 192 * MIB, 6);
+    server.run(&["datasource", "add-image", "vm1", &format!("hv1:{}", text(&disk))]).good();
+    server.run(&["protect", "vm1", "--detach"]).good();
+    until("the transfer is under way", SOON, || (walk(&path("data").join("pool/packs")) > MIB).then_some(()));
+    server.process.kill();
+    let (address, token) = (server.address.clone(), server.token.clone());
+    let server = Server::start_in(None, &path("data"), &address, &token, &[]);
+    until("the agent is back", SOON, || (server.host_state("hv1") == "connected").then_some(()));
+    // The agent holds the disk until it has heard that the new server knows nothing of the job.
+    until("the disk is free and protected", SOON, || {
+        (server.run(&["protect", "vm1"]).status == 0).then_some(())
+    });
+    let target = path("out.raw");
+    let to = format!("hv1:{}", text(&target));
+    server.run(&["recover", "disk", "vm1", "--point", "latest", "--disk", "0", "--to", &to]).good();
+    assert!(same(&target, &disk));
+    assert_eq!(strays(&path("vm"), &["disk.raw"]), Vec::<String>::new());
+    server.run(&["pool", "verify", "--read-data"]).good();
+}
+
 fn walk(folder: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     entries
