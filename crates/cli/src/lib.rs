@@ -263,7 +263,7 @@ fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
         | Command::Pool(PoolCommand::Status | PoolCommand::Verify { .. } | PoolCommand::ExportKeys(_))
         | Command::Job(JobCommand::List { .. } | JobCommand::Show { .. } | JobCommand::Log { .. })
         | Command::Alert(AlertCommand::List { .. })
-        | Command::RecoveryKit(_) => (false, None),
+        | Command::RecoveryKit(KitCommand::Test { .. }) => (false, None),
         Command::Protect { job, .. }
         | Command::Check { job, .. }
         | Command::Prune { job, .. }
@@ -320,6 +320,7 @@ fn over_api(
                 pool: globals.pool_id,
                 writes,
                 wait: globals.wait,
+                writes_if_free: matches!(command, Command::Pool(PoolCommand::Verify { .. })),
                 accepts_older_pool: matches!(command, Command::Catalog(_)),
             };
             let opened = program.open_standalone(&options)?;

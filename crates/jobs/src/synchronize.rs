@@ -309,16 +309,17 @@ pub fn run(
             first.block, first.disk
         );
         pool.mark_suspect(&suspects, &reason).map_err(problem::pool)?;
-        let count = suspects.len();
+        let told = match suspects.len() {
+            0 => "no earlier point was made from its lists".to_owned(),
+            count => format!("{count} points are suspect"),
+        };
         // Said before the commit, which may fail: so it promises nothing of this run's point.
         context.log(
             LogLevel::Warning,
-            format!(
-                "The audit found a change that the list left out ({reason}); {count} points are suspect."
-            ),
+            format!("The audit found a change that the list left out ({reason}); {told}."),
         );
         context.alert(
-            Problem::new(Code::PointNotUsable, format!("The change tracker of {} left out changes: {count} points are suspect.", machine.name))
+            Problem::new(Code::PointNotUsable, format!("The change tracker of {} left out changes: {told}.", machine.name))
                 .about(machine.name.clone())
                 .hint("A point made by or after this job is right, everything was compared for it. Distrust the tracker until its cause is found."),
         );

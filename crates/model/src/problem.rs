@@ -200,7 +200,7 @@ codes! {
         "Update the agent; if it is up to date, treat the host as hostile."
     Unauthorised 4008 Refused "Not allowed"
         "The token is missing, wrong, expired or has too few rights."
-        "Use a token of this server: STILLPOINT_TOKEN or `stillpoint login`."
+        "Use a token of this server: set STILLPOINT_TOKEN or STILLPOINT_TOKEN_FILE."
     CertificateExpired 4009 Refused "The agent's certificate is too old to renew"
         "It expired more than 90 days ago."
         "Enrol the agent again with a new token."

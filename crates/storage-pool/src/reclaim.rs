@@ -118,7 +118,7 @@ impl Pool {
         options: ReclaimOptions,
         service: &dyn DeletionService,
     ) -> Result<ReclaimReport, PoolError> {
-        if !self.is_writable() {
+        if !self.is_writable() && !options.dry_run {
             return Err(PoolError::ReadOnly);
         }
         let _pass = self.enter_reclaim().ok_or(PoolError::Busy { path: self.path() })?;

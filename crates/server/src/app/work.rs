@@ -535,6 +535,7 @@ impl App {
                 plan.steps = vec![format!("Forget {}.", datasource.name)];
             }
             JobRequest::VerifyPool(options) => {
+                plan.object = "the pool".to_owned();
                 plan.bytes_read =
                     options.read_data.then(|| self.pool().space().map(|space| space.packs).unwrap_or(0));
                 plan.steps = vec!["Check headers, tables, records and maps.".to_owned()];
@@ -543,6 +544,7 @@ impl App {
                 }
             }
             JobRequest::Reclaim(options) => {
+                plan.object = "the pool".to_owned();
                 let report = self
                     .pool()
                     .reclaim(reclaim_options(options, true), &*self.parts.deletion)
@@ -556,6 +558,9 @@ impl App {
             JobRequest::Prune(options) => {
                 let machine =
                     options.datasource.as_deref().map(|text| self.find_datasource(text)).transpose()?;
+                plan.object = machine
+                    .as_ref()
+                    .map_or_else(|| "all machines".to_owned(), |machine| machine.name.clone());
                 let found =
                     keep::plan_prune(self.pool(), machine.map(|machine| machine.id), options.keep_last)?;
                 let list = |marked: Vec<keep::Marked>| {
