@@ -580,3 +580,35 @@ fn a_reclaim_beside_a_run_is_refused_and_frees_nothing() {
     fabric.reclaim().unwrap();
     fabric.examine();
 }
+
+#[test]
+fn a_pack_of_which_nobody_knows_what_it_holds_is_never_reclaimed() {
+    let mut fabric = Fabric::seeded(28).disk(40);
+    let first = fabric.protect().point.id;
+    fabric.host.write(0, 5, 105);
+    fabric.listed(&[(0, list(&[5..6]))], Some(first)).unwrap();
+    fabric.reopen();
+    // The index cannot be read, nor the table of the pack that holds nearly everything. Its frames can.
+    let snapshot = fabric.files.snapshot();
+    let packs = fabric.names("packs/");
+    let largest = packs.iter().max_by_key(|name| snapshot.get(name).unwrap().len()).unwrap();
+    let length = snapshot.get(largest).unwrap().len() as u64;
+    fabric.files.fail_reads(largest, ReadFault::FlipBit((length - 80) * 8));
+    for run in fabric.names("index/") {
+        fabric.files.fail_reads(&run, ReadFault::Io);
+    }
+    for _ in 0..3 {
+        fabric.clock.advance(std::time::Duration::from_secs(86_400));
+        let _ = fabric.reclaim();
+    }
+    assert!(fabric.names("packs/").contains(largest), "the pack was unlinked");
+    // A run heals what cannot be had, and commits nothing that it does not have.
+    let healed = fabric.listed(&[(0, nothing())], None).unwrap();
+    assert!(healed.figures.bytes_transferred > 0);
+    fabric.lost = Lost::Older;
+    fabric.examine();
+    fabric.files.clear_faults();
+    fabric.lost = Lost::None;
+    fabric.reopen();
+    fabric.examine();
+}
