@@ -147,6 +147,7 @@ fn a_long_line_is_filled_and_a_cut_costs_at_most_64_mib() {
     let site = site();
     fill(&site);
     cut(&site);
+    cuts_anywhere(&site);
     site.end();
 }
 
@@ -212,4 +213,49 @@ fn cut(site: &Site) {
     let to = format!("far:{}", target.display());
     site.server.run(&["recover", "disk", "cut", "--point", "latest", "--disk", "0", "--to", &to]).good();
     assert!(same(&target, &site.room.path().join("cut.raw")));
+}
+
+/// Short cuts at any byte of a small transfer, its first words and its farewell included, both ways.
+fn cuts_anywhere(site: &Site) {
+    let rounds = seconds("STILLPOINT_CUT_ROUNDS", 10);
+    let mut seed = [0; 8];
+    SystemRandomness.fill(&mut seed).unwrap();
+    let seed = u64::from_le_bytes(seed);
+    println!("{rounds} cuts each way (seed {seed})");
+    let random = SeededRandomness::new(seed);
+    let bytes = 3 * MIB;
+    for round in 0..rounds {
+        let name = format!("any{round}");
+        // One in three of the cuts falls into the last words, after the data.
+        let at = if round % 3 == 0 { bytes + random.below(40_000) } else { random.below(bytes) };
+        let disk = site.room.path().join(format!("{name}.raw"));
+        image(&disk, bytes, seed ^ round);
+        site.server.run(&["datasource", "add-image", &name, &format!("far:{}", disk.display())]).good();
+        site.line.cut_after(at);
+        let started = site.server.run(&["protect", &name, "--detach"]).good();
+        let job = started.get("job")["id"].as_str().unwrap().to_owned();
+        until("cut or end", SOON, || (site.line.is_dead() || site.state(&job) != "running").then_some(()));
+        site.line.mend();
+        until("the job ends", SOON, || (site.state(&job) != "running").then_some(()));
+        assert_eq!(site.state(&job), "succeeded", "round {round}, cut at {at}");
+
+        let target = site.room.path().join(format!("{name}.out"));
+        let to = format!("far:{}", target.display());
+        connected(site);
+        let recover = ["recover", "disk", &name, "--point", "latest", "--disk", "0", "--to", &to, "--detach"];
+        let started = site.server.run(&recover).good();
+        let job = started.get("job")["id"].as_str().unwrap().to_owned();
+        std::thread::sleep(Duration::from_millis(random.below(500)));
+        // Every connection ends at this instant.
+        site.line.mend();
+        until("the job ends", SOON, || (site.state(&job) != "running").then_some(()));
+        let shown = site.server.run(&["job", "show", &job]);
+        assert_eq!(shown.get("job")["state"], "succeeded", "round {round}: {:#?}", shown.lines);
+        assert!(same(&target, &disk), "round {round}");
+        connected(site);
+    }
+}
+
+fn connected(site: &Site) {
+    until("the agent is back", SOON, || (site.server.host_state("far") == "connected").then_some(()));
 }
