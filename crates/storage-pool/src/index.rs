@@ -118,6 +118,8 @@ pub struct Index {
     damaged_runs: BTreeSet<u64>,
     /// Packs that a permit allows to be missing and that are still there.
     leftovers: BTreeSet<PackId>,
+    /// Packs that are there and of which no run and no table tells what they hold.
+    unlisted: BTreeSet<PackId>,
     /// Highest record that a readable run knew of.
     witnessed: u64,
     damage: Vec<Damage>,
@@ -149,6 +151,7 @@ impl Index {
             superseded: BTreeSet::new(),
             damaged_runs: BTreeSet::new(),
             leftovers: BTreeSet::new(),
+            unlisted: BTreeSet::new(),
             witnessed: 0,
             damage: Vec::new(),
         };
@@ -227,12 +230,15 @@ impl Index {
                     // A reclaim beside this reader removed it after the listing.
                     Err(PoolError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
                     // One bad sector must not keep every other pack from being read.
-                    Err(error) => index.damage.push(Damage::File {
-                        path: files.display(&pack::name(id)),
-                        offset: 0,
-                        reason: format!("not in any index, and its table cannot be read: {error}"),
-                        derived: false,
-                    }),
+                    Err(error) => {
+                        index.unlisted.insert(id);
+                        index.damage.push(Damage::File {
+                            path: files.display(&pack::name(id)),
+                            offset: 0,
+                            reason: format!("not in any index, and its table cannot be read: {error}"),
+                            derived: false,
+                        });
+                    }
                 }
             }
         }
@@ -260,6 +266,12 @@ impl Index {
     /// Highest record that a readable run knew of: a sequence that ends before has lost records.
     pub fn witnessed(&self) -> u64 {
         self.witnessed
+    }
+
+    /// Whether there are packs of which it is not known what they hold: no readable run names them, and their tables
+    /// could not be read. Chunks that are found nowhere may be in them.
+    pub fn has_unlisted(&self) -> bool {
+        !self.unlisted.is_empty()
     }
 
     /// Packs that a permit allows to be missing and that are still there.
@@ -291,7 +303,31 @@ impl Index {
             }
             _ => return Err(error),
         };
+        // One failed read is no damage yet: a run that can be read now stays.
+        if matches!(error, PoolError::Io { .. }) && self.reads_again(path) {
+            return Ok(());
+        }
         if self.discard(path) { Ok(()) } else { Err(error) }
+    }
+
+    fn reads_again(&self, path: &str) -> bool {
+        self.runs
+            .iter()
+            .find(|run| run.path == path)
+            .is_some_and(|run| (0..run.head.fences.len() as u64).all(|page| run.page(page).is_ok()))
+    }
+
+    /// Damaged runs that the next run may replace: all, unless there are packs of which only such a run tells what they
+    /// hold. Then their files stay, for a start that can read them.
+    fn replaceable(&self) -> Vec<u64> {
+        if self.unlisted.is_empty() { self.damaged_runs.iter().copied().collect() } else { Vec::new() }
+    }
+
+    fn replaced(&mut self, runs: &[u64]) {
+        for number in runs {
+            self.damaged_runs.remove(number);
+            self.superseded.insert(*number);
+        }
     }
 
     /// Gives up the run whose file is `path` because a page of it cannot be read, and reads what it said from its
@@ -312,12 +348,20 @@ impl Index {
             }
             match packs::read_table(&*self.files, &self.keys, pack.pack) {
                 Ok(table) => self.add_loose(&table),
-                Err(error) => self.damage.push(Damage::File {
-                    path: self.files.display(&pack::name(pack.pack)),
-                    offset: 0,
-                    reason: format!("its index is damaged, and its table cannot be read: {error}"),
-                    derived: false,
-                }),
+                Err(error) => {
+                    // Nobody knows what is in it, so nobody may think that nothing is: a reclaim sees only known packs.
+                    if !self.runs.iter().any(|run| run.head.packs.iter().any(|other| other.pack == pack.pack))
+                    {
+                        self.packs.remove(&pack.pack);
+                        self.unlisted.insert(pack.pack);
+                    }
+                    self.damage.push(Damage::File {
+                        path: self.files.display(&pack::name(pack.pack)),
+                        offset: 0,
+                        reason: format!("its index is damaged, and its table cannot be read: {error}"),
+                        derived: false,
+                    });
+                }
             }
         }
         true
@@ -336,6 +380,7 @@ impl Index {
             },
         );
         self.loose_packs.insert(id);
+        self.unlisted.remove(&id);
         for entry in &pack.table {
             let place = Location { pack: id, at: entry.location };
             let places = self.loose.entry(entry.id).or_default();
@@ -389,7 +434,8 @@ impl Index {
     /// Writes loose packs into a run; where too many runs stand, all of them into one. Durable when it returns.
     /// `head` is the last record, which must be durable.
     pub fn flush(&mut self, head: u64) -> Result<(), PoolError> {
-        if self.loose_packs.is_empty() && self.damaged_runs.is_empty() {
+        let replaced = self.replaceable();
+        if self.loose_packs.is_empty() && replaced.is_empty() {
             return Ok(());
         }
         if self.runs.len() >= MAX_RUNS {
@@ -398,12 +444,11 @@ impl Index {
         let packs: Vec<PackId> = self.loose_packs.iter().copied().collect();
         let entries = self.loose.iter().flat_map(|(id, places)| places.iter().map(|place| (*id, *place)));
         let entries = entries.collect();
-        let replaced: Vec<u64> = self.damaged_runs.iter().copied().collect();
         let run = self.write(head, &packs, entries, &replaced)?;
         self.runs.push(Arc::new(run));
         self.loose.clear();
         self.loose_packs.clear();
-        self.superseded.append(&mut self.damaged_runs);
+        self.replaced(&replaced);
         Ok(())
     }
 
@@ -425,11 +470,10 @@ impl Index {
             }
         };
         let superseded: Vec<u64> =
-            self.runs.iter().map(|run| run.head.number).chain(self.damaged_runs.iter().copied()).collect();
+            self.runs.iter().map(|run| run.head.number).chain(self.replaceable()).collect();
         let listed: Vec<PackId> = kept.iter().copied().collect();
         let run = self.write(head, &listed, entries, &superseded)?;
-        self.superseded.extend(superseded);
-        self.damaged_runs.clear();
+        self.replaced(&superseded);
         self.runs = vec![Arc::new(run)];
         self.loose.clear();
         self.loose_packs.clear();

@@ -396,7 +396,10 @@ impl Pool {
 
     /// Whether any damage is recorded or any pack is missing: only then blocks need a look of their own.
     pub fn has_known_damage(&self) -> bool {
-        !self.state().damaged.is_empty() || self.index().packs().values().any(|info| !info.present)
+        let index = self.index();
+        !self.state().damaged.is_empty()
+            || index.has_unlisted()
+            || index.packs().values().any(|info| !info.present)
     }
 
     /// Blocks of a map that cannot be used for a new point: their chunk, or a node above them, is damaged or missing.
@@ -406,8 +409,7 @@ impl Pool {
         domain: model::DomainId,
         map: MapRoot,
     ) -> Result<Vec<std::ops::Range<u64>>, PoolError> {
-        let any_missing = self.index().packs().values().any(|info| !info.present);
-        if self.state().damaged.is_empty() && !any_missing {
+        if !self.has_known_damage() {
             return Ok(Vec::new());
         }
         let state = self.state().clone();
