@@ -215,6 +215,7 @@ impl App {
             })
             .collect();
         self.store_datasource(&stored)?;
+        self.parts.history.sync(self.pool())?;
         Ok(self.api_datasource(&stored))
     }
 

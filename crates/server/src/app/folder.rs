@@ -264,6 +264,12 @@ fn write_secret(root: &Path, recipient: &Recipient, server: &[u8; 16]) -> Result
     let files = FolderFiles::new(root);
     let write = || -> io::Result<()> {
         files.make_folder("keys")?;
+        // Whoever reads the secret can read the pool.
+        #[cfg(unix)]
+        std::fs::set_permissions(
+            root.join("keys"),
+            <std::fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o700),
+        )?;
         let mut file = files.create(SECRET_NAME)?;
         file.append(&twin::encode(twin::SECRET, &content))?;
         file.publish()

@@ -231,6 +231,7 @@ impl Service for AppService {
         app.writable()?;
         let (point, _) = app.find_point(point, None, None)?;
         app.pool().delete_point(point.id, &format!("deleted by {}", by.name)).map_err(jobs::problem::pool)?;
+        app.parts.history.sync(app.pool())?;
         let point = app.pool().point(point.id).map_err(jobs::problem::pool)?;
         let state = jobs::recover::state_of(app.pool(), &point, false);
         Ok(app.api_point(&point, state, None))
@@ -241,6 +242,7 @@ impl Service for AppService {
         app.writable()?;
         let (point, _) = app.find_point(point, None, None)?;
         app.pool().undelete_point(point.id).map_err(jobs::problem::pool)?;
+        app.parts.history.sync(app.pool())?;
         let point = app.pool().point(point.id).map_err(jobs::problem::pool)?;
         let state = jobs::recover::state_of(app.pool(), &point, app.damaged_points().contains(&point.id));
         Ok(app.api_point(&point, state, None))

@@ -331,6 +331,7 @@ impl App {
             ));
         }
         self.store_datasource(&StoredDatasource { removed: true, ..datasource.clone() })?;
+        self.parts.history.sync(self.pool())?;
         let returns = keep::space_returns(self.pool(), Timestamp(self.parts.clock.now_micros()));
         Ok(Done {
             figures: Figures {
@@ -359,6 +360,7 @@ impl App {
         report.damage.extend(self.parts.folder.examine());
         report.damage.extend(self.parts.history.examine(self.pool()));
         self.forget_damaged();
+        self.parts.history.sync(self.pool())?;
         for damage in &report.damage {
             let line = super::mapping::damage(damage);
             job.log(
@@ -449,6 +451,7 @@ impl App {
             );
         }
         let deleted = keep::prune(self.pool(), &plan)?;
+        self.parts.history.sync(self.pool())?;
         let returns = keep::space_returns(self.pool(), Timestamp(self.parts.clock.now_micros()));
         Ok(Done {
             figures: Figures {
