@@ -1,5 +1,5 @@
 //! Stories of protecting a machine, in an operator's words, each with the ledger at its end.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
 
 mod fabric;
 
