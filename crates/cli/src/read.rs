@@ -13,8 +13,11 @@ pub fn format(text: &str) -> Result<DiskFormat, String> {
     text.parse()
 }
 
-/// Whole seconds from `90s`, `15m`, `24h`, `30d`, `2w`.
+/// Whole seconds from `90s`, `15m`, `24h`, `30d`, `2w`. Nothing needs no unit: `0`.
 pub fn duration(text: &str) -> Result<u64, String> {
+    if text == "0" {
+        return Ok(0);
+    }
     let wrong = || format!("{text:?} is not a duration: expected a number with s, m, h, d or w, such as 24h");
     if text == "0" {
         return Ok(0);
