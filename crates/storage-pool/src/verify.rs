@@ -42,6 +42,10 @@ pub struct VerifyReport {
     pub bytes_read: u64,
     /// Blocks of 64 KiB that points name and that cannot be had, each counted once.
     pub lost_blocks: u64,
+    /// Frames that are damaged and were not known to be, by pack; none named if the pack as a whole is lost.
+    pub new_damage: Vec<(PackId, Vec<u32>)>,
+    /// Points that were proved whole by reading every byte.
+    pub proved_points: Vec<RecoveryPointId>,
 }
 
 impl VerifyReport {
@@ -129,17 +133,10 @@ impl Pool {
                 if nothing_lost && entry.is_empty() {
                     bad.remove(id);
                 }
-                if is_new && self.is_writable() {
-                    let record = payload::Damage {
-                        pack: id.0.to_vec(),
-                        frames: if found.is_lost {
-                            Vec::new()
-                        } else {
-                            found.frames.iter().copied().collect()
-                        },
-                        reason: "found by verify".to_owned(),
-                    };
-                    self.append(Kind::Damage, &record)?;
+                if is_new {
+                    let frames =
+                        if found.is_lost { Vec::new() } else { found.frames.iter().copied().collect() };
+                    report.new_damage.push((*id, frames));
                 }
             }
             if !progress.update(done, total) {
@@ -148,24 +145,54 @@ impl Pool {
             }
         }
         self.verify_points(&bad, &mut report)?;
-        if depth == Depth::ReadData && !cancelled && self.is_writable() {
+        if depth == Depth::ReadData && !cancelled {
             let damaged: HashSet<RecoveryPointId> = report.damaged_points.iter().copied().collect();
-            let good: Vec<RecoveryPointId> = state
+            report.proved_points = state
                 .in_order()
                 .filter(|point| {
                     !damaged.contains(&point.id) && !state.is_expired(point, self.settings().soft_delete)
                 })
                 .map(|point| point.id)
                 .collect();
-            if !good.is_empty() {
-                let record = payload::PointsMark {
-                    points: good.iter().flat_map(|id| id.0).collect(),
-                    reason: "every byte read and hashed".to_owned(),
-                };
-                self.append(Kind::Verified, &record)?;
-            }
+        }
+        if self.is_writable() {
+            self.record_verified(&report)?;
         }
         Ok(report)
+    }
+
+    /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole. A reader
+    /// that verified beside a writer hands its report to the next one who may write.
+    pub fn record_verified(&self, report: &VerifyReport) -> Result<(), PoolError> {
+        for (pack, frames) in &report.new_damage {
+            let state = self.state().clone();
+            let is_known = match frames.as_slice() {
+                [] => state.damaged.get(pack).is_some_and(BTreeSet::is_empty),
+                frames => frames.iter().all(|frame| !state.is_healthy(*pack, *frame)),
+            };
+            // Reclaim may have let the pack go meanwhile.
+            if is_known || !self.index().packs().contains_key(pack) {
+                continue;
+            }
+            let record = payload::Damage {
+                pack: pack.0.to_vec(),
+                frames: frames.clone(),
+                reason: "found by verify".to_owned(),
+            };
+            self.append(Kind::Damage, &record)?;
+        }
+        let state = self.state().clone();
+        let points: Vec<u8> = report
+            .proved_points
+            .iter()
+            .filter(|id| state.points.contains_key(*id))
+            .flat_map(|id| id.0)
+            .collect();
+        if !points.is_empty() {
+            let record = payload::PointsMark { points, reason: "every byte read and hashed".to_owned() };
+            self.append(Kind::Verified, &record)?;
+        }
+        Ok(())
     }
 
     /// The header, and the key files of every recipient: their bytes and whose they are, not whether anybody's secret

@@ -69,7 +69,7 @@ impl History {
     pub fn open(folder: &Path, pool: &Pool, writes: bool) -> Result<(History, Vec<String>), Problem> {
         let mut said = Vec::new();
         if !writes {
-            let (catalog, copy) = open_copy(folder);
+            let (catalog, copy) = open_copy(folder, &mut said);
             let inner = Inner { catalog, _copy: copy, writes: false, unkept: BTreeMap::new(), head: 0 };
             return Ok((History { inner: Mutex::new(inner), folder: folder.to_owned() }, said));
         }
@@ -424,14 +424,29 @@ fn same_owner(_a: &std::fs::Metadata, _b: &std::fs::Metadata) -> bool {
     true
 }
 
-fn open_copy(folder: &Path) -> (Option<SqliteCatalog>, Option<Copy>) {
+fn open_copy(folder: &Path, said: &mut Vec<String>) -> (Option<SqliteCatalog>, Option<Copy>) {
+    // The digest is there only while nobody has the catalog open: what fails beside a writer was torn, not damaged.
+    let digest = folder.join("catalog.digest");
+    let was_closed = digest.exists();
     // Without a catalog, or while a writer changes it under the copy, lists of jobs are empty: everything else comes from
     // the pool.
     let Ok(copy) = Copy::of(folder) else { return (None, None) };
-    match SqliteCatalog::open(copy.folder.path()) {
-        Ok(opened) => (Some(opened.catalog), Some(copy)),
-        Err(_) => (None, None),
+    let is_closed = was_closed && digest.exists();
+    let Ok(opened) = SqliteCatalog::open(copy.folder.path()) else { return (None, None) };
+    let database = folder.join("catalog.db");
+    if is_closed && opened.rebuilt.is_some() {
+        said.push(format!(
+            "{} does not have the digest in catalog.digest; the next command that writes makes it again from the pool",
+            database.display()
+        ));
     }
+    if is_closed && opened.mended.is_some() {
+        said.push(format!(
+            "{} does not match its seal; the next command that writes makes it again",
+            folder.join("history.export").display()
+        ));
+    }
+    (Some(opened.catalog), Some(copy))
 }
 
 /// The derived tables as a pure function of the pool.

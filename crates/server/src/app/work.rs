@@ -357,6 +357,9 @@ impl App {
         if steer.is_cancelled() {
             return Err(jobs::problem::cancelled());
         }
+        if !self.pool().is_writable() {
+            self.hand_over(&report, job);
+        }
         report.damage.extend(self.parts.folder.examine());
         report.damage.extend(self.parts.history.examine(self.pool()));
         self.forget_damaged();
@@ -399,6 +402,27 @@ impl App {
             )));
         }
         Ok(Done { figures, warnings })
+    }
+
+    /// A reader verified beside whoever may write. What it found is recorded in a moment of its own, if nobody writes
+    /// just now: without the record the next run would build on damaged blocks, with it they are stored again.
+    fn hand_over(&self, report: &storage_pool::verify::VerifyReport, job: &RunningJob) {
+        if report.new_damage.is_empty() && report.proved_points.is_empty() {
+            return;
+        }
+        let folder = &self.parts.folder;
+        let world = storage_pool::World {
+            files: Arc::new(environment::FolderFiles::new(folder.pool())),
+            clock: self.parts.clock.clone(),
+            randomness: self.parts.randomness.clone(),
+        };
+        let options = super::FolderOptions { create: None, pool: Some(self.pool().id()), writes: true };
+        let recorded = folder
+            .open(&world, &options, "verify")
+            .and_then(|opened| opened.pool.record_verified(report).map_err(jobs::problem::pool));
+        if let Err(problem) = recorded {
+            job.log(LogLevel::Warning, format!("What was found is not recorded: {}", problem.message));
+        }
     }
 
     fn reclaim(&self, options: ReclaimOptions, job: &RunningJob) -> Result<Done, Problem> {
