@@ -107,8 +107,8 @@ fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Pr
 }
 
 /// A pool alone, for recovery with a kit: nothing is written anywhere.
-pub fn break_glass(pool: &Path, kit: &Path) -> Result<Running, Problem> {
-    let kit = server::app::open_kit(kit)?;
+pub fn break_glass(pool: &Path, kit_path: &Path) -> Result<Running, Problem> {
+    let kit = server::app::open_kit(kit_path)?;
     // Both the pool's own folder and a data folder around it are understood: this is no time for fine points.
     let inside = pool.join("pool");
     let root = if !pool.join("pool.stillpoint").exists() && inside.join("pool.stillpoint").exists() {
@@ -120,10 +120,19 @@ pub fn break_glass(pool: &Path, kit: &Path) -> Result<Running, Problem> {
     let opened =
         storage_pool::Pool::open(world, &kit.recipient, storage_pool::Access::Read).map_err(|error| {
             let problem = jobs::problem::pool(error);
-            if problem.code == Code::DataFolderMissing {
-                problem.hint("Give the folder that holds pool.stillpoint.")
-            } else {
-                problem
+            match problem.code {
+                Code::DataFolderMissing => problem.hint("Give the folder that holds pool.stillpoint."),
+                // Here the kit is what was chosen, and it is the wrong one.
+                Code::OtherPool => Problem::new(
+                    Code::KeyWrong,
+                    format!(
+                        "{}: the recovery kit is of another pool: {}",
+                        kit_path.display(),
+                        problem.message
+                    ),
+                )
+                .about(kit_path.display().to_string()),
+                _ => problem,
             }
         })?;
     if let Some(damage) = &kit.damage {
