@@ -152,3 +152,45 @@ pub fn give_up_removal(allowed: &[PathBuf]) -> bool {
 pub fn give_up_removal(_allowed: &[PathBuf]) -> bool {
     false
 }
+
+#[cfg(all(test, target_os = "linux"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// INV-15: whoever gave the right up cannot remove, rename away or cut a file of the pool; only what was left to
+    /// it. The restriction is a thread's, so the test's own thread keeps its rights.
+    #[test]
+    fn who_gave_up_removal_cannot_remove() {
+        let folder = tempfile::tempdir().unwrap();
+        let (pool, scratch) = (folder.path().join("pool"), folder.path().join("scratch"));
+        std::fs::create_dir_all(&pool).unwrap();
+        std::fs::create_dir_all(&scratch).unwrap();
+        std::fs::write(pool.join("pack"), b"bytes").unwrap();
+        std::fs::write(scratch.join("file"), b"bytes").unwrap();
+        let (inside, outside) = (pool.clone(), scratch.clone());
+        let enforced = std::thread::spawn(move || {
+            if !give_up_removal(std::slice::from_ref(&outside)) {
+                return false;
+            }
+            assert!(std::fs::remove_file(inside.join("pack")).is_err(), "a pack was removed");
+            assert!(
+                std::fs::rename(inside.join("pack"), outside.join("pack")).is_err(),
+                "a pack was moved away"
+            );
+            assert!(std::fs::File::create(inside.join("pack")).is_err(), "a pack was cut");
+            assert!(std::fs::remove_dir_all(&inside).is_err(), "the pool was removed");
+            std::fs::write(inside.join("new"), b"a new file is fine").unwrap();
+            std::fs::remove_file(outside.join("file")).unwrap();
+            true
+        })
+        .join()
+        .unwrap();
+        if enforced {
+            assert_eq!(std::fs::read(pool.join("pack")).unwrap(), b"bytes");
+        } else {
+            // The server says so at its start; there is nothing to prove on this kernel.
+            eprintln!("this kernel has no Landlock");
+        }
+    }
+}

@@ -186,7 +186,11 @@ impl App {
                     ));
                 }
                 app.forget_damaged();
-                app.parts.history.sync(app.pool())?;
+                // The point is committed: a catalog that cannot follow is mended at the next start, and does not make the
+                // job a failure.
+                if let Err(problem) = app.parts.history.sync(app.pool()) {
+                    warnings.push(problem);
+                }
                 Ok(Done { figures, warnings })
             }),
         )
