@@ -29,8 +29,6 @@ const ALLOWED: &[(&str, &str)] = &[
     ("block-io", "model"),
     ("environment", "model"),
     ("model", ""),
-    // Used by tests only, so it may see the rooms it builds fabrics from.
-    ("testkit", "jobs datasource catalog storage-pool transfer disk-image block-io environment model"),
 ];
 
 /// Every edge that the table does not allow.
@@ -44,8 +42,8 @@ pub fn check(members: &[Member]) -> Vec<String> {
         for (needed, need) in &member.needs {
             let allowed = match need {
                 Need::Product => row(&member.name).is_some_and(|mut row| row.any(|used| used == needed)),
-                // Tests of a crate may look at everything to its right, and at the test kit.
-                Need::Tests => needed == "testkit" || reachable(&member.name).contains(needed.as_str()),
+                // Tests of a crate may look at everything to its right.
+                Need::Tests => reachable(&member.name).contains(needed.as_str()),
             };
             if !allowed {
                 let kind = if *need == Need::Tests { "its tests use" } else { "uses" };
@@ -100,11 +98,10 @@ mod tests {
     }
 
     #[test]
-    fn tests_may_look_right_and_at_the_test_kit_but_not_left() {
-        let right = member("stillpoint", &[("disk-image", Need::Tests), ("testkit", Need::Tests)]);
+    fn tests_may_look_right_but_not_left() {
+        let right = member("stillpoint", &[("disk-image", Need::Tests)]);
         assert!(check(&[right]).is_empty());
         assert_eq!(check(&[member("storage-pool", &[("jobs", Need::Tests)])]).len(), 1);
-        assert_eq!(check(&[member("storage-pool", &[("testkit", Need::Product)])]).len(), 1);
     }
 
     #[test]

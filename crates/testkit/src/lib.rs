@@ -1,1 +1,0 @@
-//! Test builders: disks, image files, a fixed clock, the ledger.
