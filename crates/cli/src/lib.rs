@@ -320,7 +320,6 @@ fn over_api(
                 pool: globals.pool_id,
                 writes,
                 wait: globals.wait,
-                writes_if_free: matches!(command, Command::Pool(PoolCommand::Verify { .. })),
                 accepts_older_pool: matches!(command, Command::Catalog(_)),
             };
             let opened = program.open_standalone(&options)?;

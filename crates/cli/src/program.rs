@@ -40,9 +40,6 @@ pub struct StandaloneOptions {
     pub writes: bool,
     /// Wait for another writer instead of failing with `PoolBusy`.
     pub wait: bool,
-    /// Also open for writing if no other writer is there and the folder can be written: a reader that has something to
-    /// record, such as damage that it finds.
-    pub writes_if_free: bool,
     /// Take a pool that is older than the catalog knows as it is now, instead of failing with `PoolRolledBack`: only
     /// `catalog rebuild` says so.
     pub accepts_older_pool: bool,

@@ -29,31 +29,14 @@ impl Program for Stillpoint {
 
     fn open_standalone(&self, options: &StandaloneOptions) -> Result<Standalone, Problem> {
         let create = options.create.as_ref().map(standalone::settings);
-        let open = |writes: bool, create| {
-            standalone::open(
-                &options.folder,
-                create,
-                options.pool,
-                writes,
-                options.wait,
-                options.accepts_older_pool,
-            )
-        };
-        let running = match options.writes_if_free.then(|| open(true, None)) {
-            Some(Ok(running)) => running,
-            // Another writer, a read-only file system, a pool that was rolled back: reading still tells the truth.
-            Some(Err(problem))
-                if matches!(
-                    problem.code,
-                    Code::PoolBusy | Code::PoolIo | Code::PoolFull | Code::PoolRolledBack
-                ) =>
-            {
-                eprintln!("warning: what is found is not recorded: {problem}");
-                open(false, create)?
-            }
-            Some(Err(problem)) => return Err(problem),
-            None => open(options.writes, create)?,
-        };
+        let running = standalone::open(
+            &options.folder,
+            create,
+            options.pool,
+            options.writes,
+            options.wait,
+            options.accepts_older_pool,
+        )?;
         let router = server::api::router(standalone::service(&running), Door::InProcess);
         Ok(Standalone {
             transport: Arc::new(InProcess::new(router)),
