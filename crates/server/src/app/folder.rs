@@ -12,6 +12,9 @@ use storage_pool::kit::{self, Recipient, RecipientId};
 use storage_pool::{Access, Damage, Pool, PoolError, Settings, World};
 
 const SECRET_NAME: &str = "keys/server.secret";
+/// Stands in a folder that is being made, locked by whoever makes it, and names the kit that is written meanwhile. A
+/// folder that has it was never told to anybody: what a crash left of it is taken away and made again.
+const CREATING_NAME: &str = "creating";
 
 /// A data folder by its path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +113,18 @@ impl DataFolder {
                     Err(no_data(&self.root, "holds no pool, and --pool-id asks for one that exists"))
                 }
                 Some(new) => self.create(world, new, name),
+            };
+        }
+        if self.root.join(CREATING_NAME).exists() {
+            return match &options.create {
+                Some(new) if options.pool.is_none() => {
+                    self.clear_unfinished()?;
+                    self.create(world, new, name)
+                }
+                _ => {
+                    Err(no_data(&self.root, "was being made when the machine stopped, and holds nothing yet")
+                        .hint("Run the command that makes it again."))
+                }
             };
         }
         let has_secret = self.root.join(SECRET_NAME).exists();
@@ -214,6 +229,58 @@ impl DataFolder {
         }
     }
 
+    /// Marks the folder as unfinished, durable, and holds the mark's lock until the result is dropped.
+    fn mark_creation(&self, kit: &Path) -> Result<std::fs::File, Problem> {
+        use std::io::Write;
+        let failed = |error: io::Error| io_problem(&self.root, "begin", &error);
+        std::fs::create_dir_all(&self.root).map_err(failed)?;
+        let mut mark = std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(self.root.join(CREATING_NAME))
+            .map_err(failed)?;
+        mark.try_lock().map_err(|error| failed(error.into()))?;
+        writeln!(mark, "{}", kit.display()).and_then(|()| mark.sync_all()).map_err(failed)?;
+        std::fs::File::open(&self.root).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        Ok(mark)
+    }
+
+    /// Takes away what an interrupted creation left: only what the mark proves to be of a folder that nobody was told of.
+    fn clear_unfinished(&self) -> Result<(), Problem> {
+        let mark = self.root.join(CREATING_NAME);
+        let failed = |error: io::Error| io_problem(&self.root, "clear the unfinished creation of", &error);
+        let file = std::fs::File::open(&mark).map_err(failed)?;
+        if file.try_lock().is_err() {
+            return Err(Problem::new(
+                Code::PoolBusy,
+                format!("{} is being made just now.", self.root.display()),
+            )
+            .about(self.root.display().to_string()));
+        }
+        let holds_data =
+            std::fs::read_dir(self.pool().join("packs")).is_ok_and(|mut packs| packs.next().is_some());
+        if holds_data {
+            return Err(Problem::new(
+                Code::DataFolderMissing,
+                format!("{} is marked as unfinished, yet its pool holds data.", self.root.display()),
+            )
+            .hint(format!("If that is right, remove {} and run the command again.", mark.display())));
+        }
+        let kit = std::fs::read_to_string(&mark).map_err(failed)?;
+        let gone = |result: io::Result<()>| match result {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+            _ => Ok(()),
+        };
+        // A mark whose text was not durable names no kit; then there is none.
+        if let Some(kit) = kit.strip_suffix('\n').filter(|kit| !kit.is_empty()) {
+            gone(std::fs::remove_file(kit))?;
+        }
+        for folder in [self.pool(), self.root.join("keys"), self.root.join("staging")] {
+            gone(std::fs::remove_dir_all(folder))?;
+        }
+        gone(std::fs::remove_file(&mark))
+    }
+
     fn create(&self, world: &World, new: &NewPool, name: &str) -> Result<Opened, Problem> {
         let kit_path = new.kit.clone().unwrap_or_else(|| default_kit_path(&self.root));
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -230,6 +297,23 @@ impl DataFolder {
             )
             .hint("Move it away, or name another place with --recovery-kit FILE."));
         }
+        let existed = self.root.exists();
+        let mark = self.mark_creation(&absolute(&kit_path))?;
+        let made = self.fill(world, new, name, &kit_path);
+        drop(mark);
+        if made.is_err() {
+            // What could not be made leaves nothing behind. If even that fails, the mark stays and the next try clears.
+            let cleared = self.clear_unfinished();
+            if cleared.is_ok() && !existed {
+                let _ = std::fs::remove_dir(&self.root);
+            }
+        }
+        made
+    }
+
+    /// Makes what a marked folder holds, and takes the mark away last.
+    fn fill(&self, world: &World, new: &NewPool, name: &str, kit_path: &Path) -> Result<Opened, Problem> {
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         let mut server = [0u8; 16];
         world
             .randomness
@@ -238,7 +322,7 @@ impl DataFolder {
         let place = format!("{} on {name}", absolute(&self.pool()).display());
         let kit_problem = std::cell::RefCell::new(None);
         let created = Pool::create(world.clone(), new.settings, server, name, &mut |recipient| {
-            write_kit(&kit_path, recipient, &place, false).map_err(|problem| {
+            write_kit(kit_path, recipient, &place, false).map_err(|problem| {
                 let message = problem.message.clone();
                 kit_problem.borrow_mut().replace(problem);
                 PoolError::Misuse(message)
@@ -246,10 +330,13 @@ impl DataFolder {
         })
         .map_err(|error| kit_problem.into_inner().unwrap_or_else(|| jobs::problem::pool(error)))?;
         write_secret(&self.root, &created.server, &server)?;
+        std::fs::remove_file(self.root.join(CREATING_NAME))
+            .and_then(|()| std::fs::File::open(&self.root)?.sync_all())
+            .map_err(|error| io_problem(&self.root, "finish", &error))?;
         Ok(Opened {
             pool: Arc::new(created.pool),
             recipient: created.server,
-            created_kit: Some(kit_path),
+            created_kit: Some(kit_path.to_owned()),
             damage: Vec::new(),
         })
     }
@@ -363,4 +450,85 @@ pub fn open_kit(path: &Path) -> Result<kit::Kit, Problem> {
     })?;
     kit::read(&String::from_utf8_lossy(&text))
         .map_err(|error| Problem::new(Code::KeyWrong, format!("{about}: {error}.")).about(&about))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use environment::{SystemClock, SystemRandomness};
+
+    use super::*;
+
+    fn world(folder: &DataFolder) -> World {
+        World {
+            files: Arc::new(FolderFiles::new(folder.pool())),
+            clock: Arc::new(SystemClock),
+            randomness: Arc::new(SystemRandomness),
+        }
+    }
+
+    fn options(create: bool) -> FolderOptions {
+        let new = NewPool { settings: Settings::without_safety(), kit: None };
+        FolderOptions { create: create.then_some(new), pool: None, writes: true }
+    }
+
+    /// A creation that stopped anywhere is made again by the same command; one that ended is never touched.
+    #[test]
+    fn an_unfinished_creation_is_made_again_and_a_finished_one_is_not() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = DataFolder::new(scratch.path().join("data"));
+        let kit = default_kit_path(&folder.root);
+        let open = |create: bool| folder.open(&world(&folder), &options(create), "test");
+        let first = open(true).unwrap();
+        let id = first.pool.id();
+        assert!(!folder.root.join(CREATING_NAME).exists() && kit.exists());
+        drop(first);
+        assert_eq!(open(true).unwrap().pool.id(), id);
+
+        // Every prefix of a creation: the mark alone, with the kit, with the pool, with the secret.
+        for left in 0..4 {
+            for (index, part) in [kit.clone(), folder.pool(), folder.root.join("keys")].iter().enumerate() {
+                if left <= index {
+                    let _ = std::fs::remove_dir_all(part);
+                    let _ = std::fs::remove_file(part);
+                }
+            }
+            std::fs::write(folder.root.join(CREATING_NAME), format!("{}\n", kit.display())).unwrap();
+            let refused = open(false).err().unwrap();
+            assert_eq!(refused.code, Code::DataFolderMissing, "{left}");
+            let again = open(true).unwrap();
+            assert_ne!(again.pool.id(), id, "{left}");
+            assert!(again.created_kit.is_some() && kit.exists() && !folder.root.join(CREATING_NAME).exists());
+        }
+    }
+
+    #[test]
+    fn a_creation_that_fails_leaves_nothing() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = DataFolder::new(scratch.path().join("data"));
+        let mut options = options(true);
+        if let Some(new) = &mut options.create {
+            new.kit = Some(scratch.path().join("no/such/folder/kit.txt"));
+        }
+        let refused = folder.open(&world(&folder), &options, "test").err().unwrap();
+        assert_eq!(refused.code, Code::KitNotWritten);
+        assert!(!folder.root.exists());
+    }
+
+    #[test]
+    fn a_marked_folder_with_data_or_in_the_making_is_left_alone() {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = DataFolder::new(scratch.path().join("data"));
+        let open = |create: bool| folder.open(&world(&folder), &options(create), "test");
+        drop(open(true).unwrap());
+        let mark = folder.root.join(CREATING_NAME);
+        std::fs::write(&mark, "\n").unwrap();
+        std::fs::create_dir_all(folder.pool().join("packs/ab")).unwrap();
+        assert_eq!(open(true).err().unwrap().code, Code::DataFolderMissing);
+        std::fs::remove_dir_all(folder.pool().join("packs/ab")).unwrap();
+        let held = std::fs::File::open(&mark).unwrap();
+        held.try_lock().unwrap();
+        assert_eq!(open(true).err().unwrap().code, Code::PoolBusy);
+        assert!(folder.pool().join("pool.stillpoint").exists());
+    }
 }
