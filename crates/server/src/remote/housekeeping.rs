@@ -111,3 +111,156 @@ fn due(app: &App, now: Timestamp, tried: &HashMap<DatasourceId, Timestamp>) -> O
         })
         .map(|datasource| datasource.id)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use environment::{FixedClock, FolderFiles, SystemRandomness};
+    use model::{Cause, Consistency, RecoveryPointId};
+    use protocol::api::JobKind;
+    use storage_pool::reclaim::DeletionService;
+    use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, Settings, World};
+
+    use super::*;
+    use crate::app::{DataFolder, FolderOptions, History, Hosts, NewPool, NoTokens, Parts, StoredDatasource};
+
+    const NOW: u64 = 1_790_000_000_000_000;
+
+    /// This machine, of which nothing can be read: a started job is all that is looked at.
+    struct NoHosts;
+
+    impl Hosts for NoHosts {
+        fn host(&self, _: Option<model::HostId>) -> Result<Arc<dyn jobs::ProtectedHost>, Problem> {
+            Err(Problem::new(Code::AgentUnreachable, "No host in this test."))
+        }
+        fn list(&self) -> Result<Vec<protocol::api::Host>, Problem> {
+            Ok(Vec::new())
+        }
+        fn make_token(&self, _: &protocol::api::MakeToken) -> Result<protocol::api::TokenMade, Problem> {
+            Err(Problem::new(Code::Unsupported, "Not in this test."))
+        }
+        fn revoke(&self, _: model::HostId) -> Result<(), Problem> {
+            Err(Problem::new(Code::Unsupported, "Not in this test."))
+        }
+        fn is_standalone(&self) -> bool {
+            true
+        }
+    }
+
+    struct NothingGoes;
+
+    impl DeletionService for NothingGoes {
+        fn carry_out(&self, _: Option<u64>, _: &[u64]) -> Result<(), storage_pool::PoolError> {
+            Ok(())
+        }
+    }
+
+    fn app(root: &std::path::Path, clock: &Arc<FixedClock>) -> Arc<App> {
+        let folder = DataFolder::new(root.join("data"));
+        let randomness = Arc::new(SystemRandomness);
+        let files = Arc::new(FolderFiles::new(folder.pool()));
+        let world = World { files, clock: clock.clone(), randomness: randomness.clone() };
+        let create = Some(NewPool { settings: Settings::without_safety(), kit: None });
+        let opened =
+            folder.open(&world, &FolderOptions { create, pool: None, writes: true }, "test").unwrap();
+        let (history, _) = History::open(&folder.catalog(), &opened.pool, true).unwrap();
+        App::new(Parts {
+            folder,
+            pool: opened.pool,
+            hosts: Arc::new(NoHosts),
+            tokens: Arc::new(NoTokens),
+            deletion: Arc::new(NothingGoes),
+            history: Arc::new(history),
+            clock: clock.clone(),
+            randomness,
+        })
+    }
+
+    /// A machine with a point that read everything at `compared` and one from a list a day later.
+    fn machine(app: &App, byte: u8, compared: u64) -> DatasourceId {
+        let id = DatasourceId([byte; 16]);
+        let stored = StoredDatasource {
+            id,
+            name: format!("vm{byte}"),
+            host: None,
+            host_name: String::new(),
+            provider: "images".to_owned(),
+            definition: "{}".to_owned(),
+            disks: Vec::new(),
+            removed: false,
+        };
+        app.pool()
+            .put_document(&format!("datasource/{id}"), Some(&serde_json::to_vec(&stored).unwrap()))
+            .unwrap();
+        let mut full = None;
+        for (turn, captured) in [compared, compared + Timestamp::DAY].into_iter().enumerate() {
+            let ingest = Ingest::begin(app.pool(), app.pool().default_domain().unwrap()).unwrap();
+            let map = ingest.edit_map(None, 1 << 20).unwrap().finish(&mut ingest.nodes()).unwrap();
+            let point = RecoveryPointId(app.pool().random_id().unwrap());
+            let disk = NewDisk {
+                index: 0,
+                size: 1 << 20,
+                sector: 512,
+                map,
+                description: "{}".to_owned(),
+                audit_next: 0,
+                full_compare: if turn == 0 { FullCompare::Now } else { FullCompare::At(full) },
+            };
+            let new = NewPoint {
+                datasource: id,
+                machine: stored.name.clone(),
+                host: String::new(),
+                base: full,
+                captured: Timestamp(captured),
+                consistency: Consistency::Offline,
+                evidence: "test".to_owned(),
+                cause: Cause::new("test", ["a test"]),
+                job: None,
+                figures: std::collections::BTreeMap::new(),
+                definition: "{}".to_owned(),
+                incomplete: false,
+            };
+            ingest.commit(point, new, vec![disk]).unwrap();
+            full = Some(point);
+        }
+        id
+    }
+
+    fn checks(app: &App) -> Vec<DatasourceId> {
+        while !app.runner().running().is_empty() {
+            std::thread::sleep(LOOK / 50);
+        }
+        let jobs = app.runner().jobs();
+        jobs.iter().rev().filter(|job| job.kind == JobKind::Check).filter_map(|job| job.datasource).collect()
+    }
+
+    /// The sweep of INV-22: what was last read in full 30 days ago is compared, one machine at a time, not again at once.
+    #[test]
+    fn a_machine_is_compared_in_full_after_thirty_days() {
+        let scratch = tempfile::tempdir().unwrap();
+        let clock = Arc::new(FixedClock::new(NOW));
+        let app = app(scratch.path(), &clock);
+        let old = machine(&app, 1, NOW - 30 * Timestamp::DAY);
+        machine(&app, 2, NOW - 29 * Timestamp::DAY);
+        let mut tried = HashMap::new();
+        round(&app, Timestamp(NOW), &mut tried);
+        assert_eq!(checks(&app), [old]);
+        round(&app, Timestamp(NOW + Timestamp::SECOND), &mut tried);
+        assert_eq!(checks(&app), [old], "a compare that failed is not tried again at once");
+        round(&app, Timestamp(NOW + PAUSE), &mut tried);
+        assert!(checks(&app).len() >= 2, "but later");
+    }
+
+    /// Pool time goes on although nothing happens (section 9.3 of the pool's format).
+    #[test]
+    fn a_quiet_pool_gets_a_record_a_day() {
+        let scratch = tempfile::tempdir().unwrap();
+        let clock = Arc::new(FixedClock::new(NOW));
+        let app = app(scratch.path(), &clock);
+        let head = app.pool().state().head;
+        round(&app, Timestamp(NOW + Timestamp::DAY - 1), &mut HashMap::new());
+        assert_eq!(app.pool().state().head, head);
+        round(&app, Timestamp(NOW + Timestamp::DAY), &mut HashMap::new());
+        assert_eq!(app.pool().state().head, head + 1);
+    }
+}
