@@ -18,6 +18,9 @@ use transfer::{
     Connector, DiskOrder, Sender, SenderError, SenderSettings, Steer, Target, TargetError, TargetSettings,
 };
 
+/// How long a recovery waits for another one to leave its target.
+const TARGET_GRACE: std::time::Duration = std::time::Duration::from_secs(15);
+
 /// The providers of this machine and the world around them.
 pub struct Host {
     images: Images,
@@ -165,6 +168,23 @@ impl Host {
         })
     }
 
+    /// Opens a target, waiting a little for another recovery that fills it: one whose server was restarted does not know
+    /// yet that nobody waits for it, and ends when it asks.
+    fn free_target(&self, request: &TargetRequest) -> Result<datasource::RecoveryTarget, Problem> {
+        let began = self.clock.monotonic_micros();
+        loop {
+            match self.images.recovery_target(request) {
+                Err(datasource::ProviderError::TargetBusy { .. })
+                    if self.clock.monotonic_micros().saturating_sub(began)
+                        < TARGET_GRACE.as_micros() as u64 =>
+                {
+                    self.clock.sleep(std::time::Duration::from_millis(200));
+                }
+                other => return other.map_err(Problem::from),
+            }
+        }
+    }
+
     /// Writes a recovered disk, and gives the file its name when everything is there.
     pub fn receive(
         &self,
@@ -200,7 +220,7 @@ impl Host {
             disk: format!("disk{}", order.disk),
             overwrite: order.overwrite,
         };
-        let target = self.images.recovery_target(&request).map_err(Problem::from)?;
+        let target = self.free_target(&request)?;
         let device = target.device();
         let steer = Steer::new();
         let running = self.begin(order.job, steer.clone());

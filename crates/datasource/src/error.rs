@@ -34,6 +34,9 @@ pub enum ProviderError {
     /// The target is there already.
     #[error("{object}: {reason}")]
     TargetExists { object: String, reason: String },
+    /// Another recovery fills the target.
+    #[error("{object}: {reason}")]
+    TargetBusy { object: String, reason: String },
     /// No space for the target.
     #[error("{object}: no space left: {reason}")]
     TargetFull { object: String, reason: String },
@@ -57,6 +60,7 @@ impl ProviderError {
             ProviderError::Read { .. } => Code::SourceRead,
             ProviderError::Unsupported { .. } => Code::Unsupported,
             ProviderError::TargetExists { .. } => Code::TargetExists,
+            ProviderError::TargetBusy { .. } => Code::SourceBusy,
             ProviderError::TargetFull { .. } => Code::TargetFull,
             ProviderError::TargetWrite { .. } => Code::TargetWrite,
             ProviderError::TargetFormat { .. } => Code::TargetFormat,
@@ -74,6 +78,7 @@ impl ProviderError {
             | ProviderError::Read { object, .. }
             | ProviderError::Unsupported { object, .. }
             | ProviderError::TargetExists { object, .. }
+            | ProviderError::TargetBusy { object, .. }
             | ProviderError::TargetFull { object, .. }
             | ProviderError::TargetWrite { object, .. }
             | ProviderError::TargetFormat { object, .. } => object,
@@ -156,6 +161,12 @@ impl ProviderError {
 
 impl From<ProviderError> for Problem {
     fn from(error: ProviderError) -> Problem {
-        Problem::new(error.code(), error.to_string()).about(error.object())
+        let problem = Problem::new(error.code(), error.to_string()).about(error.object());
+        match error {
+            ProviderError::TargetBusy { .. } => {
+                problem.hint("Wait for that recovery, or cancel it: `stillpoint job list` shows it.")
+            }
+            _ => problem,
+        }
     }
 }

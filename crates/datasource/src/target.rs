@@ -156,7 +156,7 @@ impl RecoveryTarget {
         let state = beside(&request.path, ".partial.state");
 
         let mut lock = lock_state(&state).map_err(failed("make its state file"))?.ok_or_else(|| {
-            ProviderError::TargetExists {
+            ProviderError::TargetBusy {
                 object: partial.display().to_string(),
                 reason: "another recovery is writing to it".to_owned(),
             }

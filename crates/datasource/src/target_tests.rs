@@ -139,7 +139,7 @@ fn a_partial_file_of_another_recovery_is_left_alone() {
     let mut buf = [1; 512];
     target.device().read_at(0, &mut buf).unwrap();
     assert_eq!(buf, [0; 512]);
-    assert_eq!(code(RecoveryTarget::open(&others[0])), Code::TargetExists, "two recoveries of one file");
+    assert_eq!(code(RecoveryTarget::open(&others[0])), Code::SourceBusy, "two recoveries of one file");
     target.discard().unwrap();
     assert_eq!(names(folder.path()), Vec::<String>::new());
 }
