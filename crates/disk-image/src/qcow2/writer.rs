@@ -319,9 +319,33 @@ impl State {
             self.file.write_at(48, &fields)?;
             return Ok(true);
         }
-        for &index in &plan.entries {
-            let entry = refcounts.table.get(index).copied().unwrap_or_default();
-            self.file.write_at(refcounts.table_offset + index as u64 * 8, &entry.to_be_bytes())?;
+        // A new block is a cluster that another new block may count. It may be known only when that one is durably
+        // known, or a crash between the two would leave a cluster in use with a refcount of zero. Places rise with the
+        // order of taking, so no two blocks count each other.
+        let counted_by = |index: usize| {
+            let host = refcounts.table.get(index).copied().unwrap_or_default();
+            ((host >> self.layout.cluster_bits) / refcounts::per_block(&self.layout)) as usize
+        };
+        let mut left = plan.entries.clone();
+        while !left.is_empty() {
+            let (waiting, ready): (Vec<usize>, Vec<usize>) = left
+                .iter()
+                .partition(|&&index| counted_by(index) != index && left.contains(&counted_by(index)));
+            if ready.is_empty() {
+                return Err(self.io(
+                    "write",
+                    refcounts.table_offset,
+                    "refcount blocks that count each other",
+                ));
+            }
+            for index in ready {
+                let entry = refcounts.table.get(index).copied().unwrap_or_default();
+                self.file.write_at(refcounts.table_offset + index as u64 * 8, &entry.to_be_bytes())?;
+            }
+            if !waiting.is_empty() {
+                self.file.flush()?;
+            }
+            left = waiting;
         }
         Ok(!plan.entries.is_empty())
     }
