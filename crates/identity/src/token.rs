@@ -69,6 +69,10 @@ pub struct TokenRecord {
     /// Who used it.
     #[serde(default)]
     pub redeemed: Vec<Redemption>,
+    /// When it was made. A token from before a revocation does not take the revocation back; one of which this is not
+    /// known counts as that old.
+    #[serde(default)]
+    pub issued: Timestamp,
 }
 
 /// Why a token is not taken.
@@ -122,6 +126,7 @@ impl Token {
             host_name: scope.host_name,
             host: scope.host,
             redeemed: Vec::new(),
+            issued: now,
         };
         (token, record)
     }

@@ -173,6 +173,14 @@ impl HostRegister for PoolRegister {
         let returning = of_name.filter(|host| host.revoked.is_some()).map(|host| host.id);
         let (used, id) =
             token.redeem(request.key, &request.host_name, returning.unwrap_or(request.fresh), request.now)?;
+        // A stolen key with the token it was enrolled by, or with what is left of a batch, must not undo a revocation.
+        if let Some(host) = inner.hosts.get(&id)
+            && let Some(at) = host.revoked
+            && token.issued <= at
+        {
+            return Err(revoked(host)
+                .hint("A new token, made after the revocation, enrols it again: `stillpoint host token`."));
+        }
         if let Some(other) = of_name
             && other.id != id
         {

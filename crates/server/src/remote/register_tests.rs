@@ -94,7 +94,9 @@ fn hosts_and_tokens_survive_the_loss_of_everything_but_the_pool() {
 fn a_revoked_host_comes_back_only_with_a_token_and_only_with_new_certificates() {
     let (files, server, pool) = pool();
     let register = PoolRegister::open(pool.clone());
-    let host = register.enrol(&asks(&token(&register, 1, 1), "hv1", 1, NOW)).unwrap();
+    let first = token(&register, 1, 1);
+    let batch = token(&register, 3, 5);
+    let host = register.enrol(&asks(&first, "hv1", 1, NOW)).unwrap();
     let old = certificate(host, NOW);
     register.admit(&old).unwrap();
     register.revoke(host, later(10)).unwrap();
@@ -104,7 +106,15 @@ fn a_revoked_host_comes_back_only_with_a_token_and_only_with_new_certificates() 
 
     let register = PoolRegister::open(again(&files, &server));
     assert_eq!(register.admit(&old).unwrap_err().code, Code::HostRevoked);
-    let back = register.enrol(&asks(&token(&register, 2, 1), "HV1", 2, later(20))).unwrap();
+    // Neither the token it came with, nor under another name, nor the rest of a batch from before.
+    let first = register.token(&first.hash).unwrap();
+    for (token, name, key) in [(&first, "hv1", 1), (&first, "other", 1), (&batch, "hv1", 7)] {
+        let refused = register.enrol(&asks(token, name, key, later(15))).unwrap_err();
+        assert_eq!(refused.code, Code::HostRevoked, "{name}");
+    }
+    register.make_token(SERVER, [2; 20], 1, None, later(20)).unwrap();
+    let new = register.token(&identity::Token::hash_of(&[2; 20])).unwrap();
+    let back = register.enrol(&asks(&new, "HV1", 2, later(20))).unwrap();
     assert_eq!(back, host, "its datasources go on");
     assert_eq!(register.admit(&old).unwrap_err().code, Code::HostRevoked, "a stolen key stays useless");
     register.admit(&certificate(host, later(20))).unwrap();
