@@ -109,6 +109,11 @@ impl Keys {
         SealKey::new(&derive("stillpoint pool v1 record key", &[&self.root.0, &self.pool.0, salt]))
     }
 
+    /// Key of the bundle with `salt`; used once, with nonce zero.
+    pub fn bundle(&self, salt: &[u8; 16]) -> Result<SealKey, PoolError> {
+        SealKey::new(&derive("stillpoint pool v1 bundle key", &[&self.root.0, &self.pool.0, salt]))
+    }
+
     /// Key of the hashes of run `number`.
     pub fn run(&self, number: u64) -> [u8; 32] {
         derive("stillpoint pool v1 run key", &[&self.root.0, &self.pool.0, &number.to_le_bytes()])

@@ -23,6 +23,7 @@
 //! | verify, read | beside it | beside it | beside it: files stay for the hold | beside it |
 //! | reclaim | waits | beside it | refused as busy | refused |
 
+mod bundle;
 pub mod chunk;
 pub mod error;
 pub mod format;

@@ -8,6 +8,7 @@ use environment::{Clock, Files, Lock, Randomness};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
 use prost::Message;
 
+use crate::bundle::{self, Span};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
 use crate::format::pack::PackKind;
@@ -128,6 +129,9 @@ struct Activity {
 
 struct Writer {
     appender: Appender,
+    /// Bundles that count, and the record before which no new one is tried.
+    bundles: Vec<Span>,
+    bundle_after: u64,
     /// Why nothing may be written any more: what this process believes and what storage holds may differ.
     broken: Option<String>,
     _lock: Box<dyn Lock>,
@@ -274,7 +278,7 @@ impl Pool {
         }
         // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
         // writer went on between the two, the state is read again.
-        let mut state = sequence::load(&*world.files, &keys)?;
+        let (mut state, mut bundles, mut bundle_damage) = sequence::load_bundled(&*world.files, &keys)?;
         let mut attempts = 0;
         let index = loop {
             let index = Index::open(world.files.clone(), &keys, &|pack| state.permitted.contains_key(&pack))?;
@@ -282,11 +286,11 @@ impl Pool {
                 break index;
             }
             attempts += 1;
-            let again = sequence::load(&*world.files, &keys)?;
-            if again.head == state.head {
+            let again = sequence::load_bundled(&*world.files, &keys)?;
+            if again.0.head == state.head {
                 break index;
             }
-            state = again;
+            (state, bundles, bundle_damage) = again;
         };
         state.expect_head(index.witnessed(), |number| world.path(&crate::format::record::name(number)));
         if lock.is_some() {
@@ -302,18 +306,16 @@ impl Pool {
                 world.files.sync_folder(&folder).map_err(|source| io(&folder, "sync", source))?;
             }
         }
+        notes.extend(bundle_damage);
         notes.extend(index.damage().iter().cloned());
-        notes.extend(state.unreadable.iter().map(|record| Damage::File {
-            path: record.path.clone(),
-            offset: 0,
-            reason: record.reason.clone(),
-            derived: false,
-        }));
+        notes.extend(record_damage(&state));
         let reader = PackReader::new(world.files.clone(), keys.clone());
         let appender =
             |world: &World| Appender::new(world.files.clone(), keys.clone(), world.randomness.clone());
-        let writer =
-            lock.map(|lock| Mutex::new(Writer { appender: appender(&world), broken: None, _lock: lock }));
+        let writer = lock.map(|lock| {
+            let appender = appender(&world);
+            Mutex::new(Writer { appender, bundles, bundle_after: 0, broken: None, _lock: lock })
+        });
         let pool = Pool {
             keys,
             settings: header.settings,
@@ -401,6 +403,8 @@ impl Pool {
         decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
     ) -> Result<Option<u64>, PoolError> {
         let mut writer = self.writer()?;
+        self.bundle(&mut writer);
+        self.is_trusted(&writer)?;
         let (record, tip) = {
             let state = self.state();
             let Some(record) = decide(&state)? else { return Ok(None) };
@@ -423,20 +427,70 @@ impl Pool {
         Ok(Some(number))
     }
 
+    /// Gives records that are in no bundle one, now and then. Before a record, not after it: what was just acknowledged
+    /// does not wait for it, and a failure of what is derived must not look like one of the record.
+    fn bundle(&self, writer: &mut Writer) {
+        let head = self.state().head;
+        if head < writer.bundle_after || !self.state().unreadable.is_empty() {
+            return;
+        }
+        match bundle::extend(&*self.world.files, &self.keys, &*self.world.randomness, &writer.bundles, head) {
+            Ok(Some(spans)) => writer.bundles = spans,
+            Ok(None) => {
+                let covered = writer.bundles.last().map_or(0, |span| span.last);
+                if head - covered.min(head) >= bundle::BUNDLE_RECORDS {
+                    writer.bundle_after = head + bundle::BUNDLE_RECORDS;
+                }
+            }
+            Err(Unpublished::Doubtful(error)) => {
+                writer.broken.get_or_insert(error.to_string());
+            }
+            // A full disk, say: it is tried again later, and the records themselves are there.
+            Err(_) => writer.bundle_after = head + bundle::BUNDLE_RECORDS,
+        }
+    }
+
+    /// Reads every record again, also those that a bundle covers, and every bundle. What cannot be read is named in the
+    /// state from then on, and in the answer.
+    pub fn recheck_records(&self) -> Result<Vec<Damage>, PoolError> {
+        // No record between the reading and the comparison; a reader has none of its own.
+        let _writer =
+            self.writer.as_ref().map(|writer| writer.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut fresh = sequence::load(&*self.world.files, &self.keys)?;
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        fresh.expect_head(state.head, |number| self.world.path(&crate::format::record::name(number)));
+        if (fresh.head, fresh.head_hash) == (state.head, state.head_hash) && fresh.unreadable.is_empty() {
+            // Where the two differ, the records are right.
+            *state = fresh;
+        } else {
+            // Records of another server after ours must not become the end that we append to: we are fenced, and stay so
+            // (INV-16). What a bundle or this process knows of a damaged record stays known, and is freed by nobody.
+            let head = state.head;
+            state.unreadable = fresh.unreadable.into_iter().filter(|record| record.number <= head).collect();
+        }
+        let mut damage = record_damage(&state);
+        drop(state);
+        damage.extend(bundle::examine(&*self.world.files, &self.keys)?);
+        Ok(damage)
+    }
+
     /// The right to write, if there is still nothing in doubt.
     fn writer(&self) -> Result<MutexGuard<'_, Writer>, PoolError> {
         let writer =
             self.writer.as_ref().ok_or(PoolError::ReadOnly)?.lock().unwrap_or_else(PoisonError::into_inner);
-        match &writer.broken {
-            None => Ok(writer),
-            Some(reason) => Err(PoolError::Io {
-                path: self.path(),
-                action: "write",
-                source: io::Error::other(format!(
-                    "an earlier write may or may not have happened ({reason}); open the storage pool again"
-                )),
-            }),
-        }
+        self.is_trusted(&writer)?;
+        Ok(writer)
+    }
+
+    fn is_trusted(&self, writer: &Writer) -> Result<(), PoolError> {
+        let Some(reason) = &writer.broken else { return Ok(()) };
+        Err(PoolError::Io {
+            path: self.path(),
+            action: "write",
+            source: io::Error::other(format!(
+                "an earlier write may or may not have happened ({reason}); open the storage pool again"
+            )),
+        })
     }
 
     fn break_writer(&self, error: &PoolError) {
@@ -853,6 +907,16 @@ pub struct PoolHeader {
     pub created: Timestamp,
     /// Settings fixed then.
     pub settings: Settings,
+}
+
+fn record_damage(state: &State) -> Vec<Damage> {
+    let damage = |record: &crate::state::Unreadable| Damage::File {
+        path: record.path.clone(),
+        offset: 0,
+        reason: record.reason.clone(),
+        derived: false,
+    };
+    state.unreadable.iter().map(damage).collect()
 }
 
 /// Reads the header of the pool in `world`, and what is wrong with one of its copies.

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use environment::{Files, NewFile, Randomness};
 use prost::Message;
 
-use crate::error::PoolError;
+use crate::bundle::{self, Span};
+use crate::error::{Damage, PoolError};
 use crate::format::FormatError;
 use crate::format::payload::{self, Kind};
 use crate::format::record::{self, RecordHeader};
@@ -63,6 +64,50 @@ fn numbers(files: &dyn Files) -> Result<BTreeSet<u64>, PoolError> {
     Ok(entries.iter().filter_map(|entry| record::number(&entry.name)).collect())
 }
 
+/// Header and payload of record `number` in `bytes`, or why it is none.
+pub(crate) fn opened(keys: &Keys, number: u64, bytes: &[u8]) -> Result<(RecordHeader, Vec<u8>), String> {
+    open_bytes(keys, number, bytes)
+        .map(|opened| (opened.header, opened.payload))
+        .map_err(|closed| closed.reason)
+}
+
+/// What the sequence says, by its bundles (section 5.1) and the records after them.
+///
+/// A record that a bundle covers is only looked for, not read: [`load`] reads every one, and does so before anything is
+/// freed and in every verify.
+pub(crate) fn load_bundled(
+    files: &dyn Files,
+    keys: &Keys,
+) -> Result<(State, Vec<Span>, Vec<Damage>), PoolError> {
+    // Bundles first: they name only records that were there before them.
+    let bundles = bundle::load(files, keys)?;
+    let numbers = numbers(files)?;
+    let covered = bundles.state.head;
+    let mut state = bundles.state;
+    for number in (1..=covered).filter(|number| !numbers.contains(number)) {
+        let path = bundle::record_path(files, number);
+        state.unreadable.push(Unreadable { number, path, reason: "is missing".to_owned(), needs: None });
+    }
+    let before = (covered > 0).then_some(bundles.hash);
+    let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
+    let start = Start { state, before };
+    let (state, copies) = fold(files, keys, &after, &BTreeMap::new(), start);
+    if copies.is_empty() || state.unreadable.is_empty() {
+        return Ok((state, bundles.spans, bundles.damage));
+    }
+    // A restored record takes effect in its own place.
+    Ok((load(files, keys)?, Vec::new(), bundles.damage))
+}
+
+/// Where a reading of the records begins.
+#[derive(Default)]
+struct Start {
+    /// What the records up to `state.head` say.
+    state: State,
+    /// Hash of record `state.head`, if it could be read.
+    before: Option<[u8; 32]>,
+}
+
 /// Reads every record and what follows from them. Records that cannot be read are named in the state. One record is in
 /// memory at a time.
 pub fn load(files: &dyn Files, keys: &Keys) -> Result<State, PoolError> {
@@ -71,7 +116,7 @@ pub fn load(files: &dyn Files, keys: &Keys) -> Result<State, PoolError> {
     // its place.
     let mut restored: BTreeMap<u64, Vec<u8>> = BTreeMap::new();
     loop {
-        let (state, copies) = fold(files, keys, &numbers, &restored);
+        let (state, copies) = fold(files, keys, &numbers, &restored, Start::default());
         let known = restored.len();
         for (number, bytes) in copies {
             let is_damaged = state.unreadable.iter().any(|record| record.number == number);
@@ -90,13 +135,12 @@ fn fold(
     keys: &Keys,
     numbers: &BTreeSet<u64>,
     restored: &BTreeMap<u64, Vec<u8>>,
+    start: Start,
 ) -> (State, Vec<(u64, Vec<u8>)>) {
-    let mut state = State::default();
+    let Start { mut state, mut before } = start;
     let mut copies = Vec::new();
     let path = |number| files.display(&record::name(number));
-    let mut head = 0u64;
-    // Hash of record `head`, if it could be read.
-    let mut before: Option<[u8; 32]> = None;
+    let mut head = state.head;
     let mut strays = BTreeSet::new();
     let all: BTreeSet<u64> =
         numbers.iter().chain(restored.keys()).copied().filter(|&number| number > 0).collect();

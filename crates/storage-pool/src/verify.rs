@@ -78,6 +78,15 @@ impl Pool {
         progress: &mut dyn VerifyProgress,
     ) -> Result<VerifyReport, PoolError> {
         let mut report = VerifyReport { damage: self.notes().to_vec(), ..VerifyReport::default() };
+        for found in self.recheck_records()? {
+            let is_same = |known: &Damage| {
+                matches!((known, &found),
+                (Damage::File { path: one, .. }, Damage::File { path: other, .. }) if one == other)
+            };
+            if !report.damage.iter().any(is_same) {
+                report.damage.push(found);
+            }
+        }
         self.verify_small_files(&mut report)?;
         let runs = self.index().examine();
         for damage in &runs {

@@ -1,0 +1,264 @@
+//! Bundles: so that opening a pool of ten thousand points does not read ten thousand files (section 5.1).
+//!
+//! Refuses: bundling past a record that cannot be read, and being believed where the record files say otherwise.
+//!
+//! Invariants
+//! - A bundle is derived: without it everything is read from the records, and the state is the same. (must)
+//! - What a bundle covers is read from the record files again before anything is freed, and by every verify. (must:
+//!   INV-12)
+//! - Bundles that count are disjoint and cover 1 to some number without a gap; a longer one supersedes those inside it.
+
+use std::io;
+
+use environment::{Files, Randomness};
+
+use crate::error::{Damage, PoolError};
+use crate::format::bundle::{self, BundleHeader, Bundled};
+use crate::format::{FormatError, record};
+use crate::keys::Keys;
+use crate::sequence::{self, Unpublished};
+use crate::state::State;
+
+/// So many records that are in no bundle get one.
+pub const BUNDLE_RECORDS: u64 = 16;
+
+/// Records that a bundle covers, by their numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Span {
+    /// The first.
+    pub first: u64,
+    /// The last.
+    pub last: u64,
+}
+
+impl Span {
+    fn count(self) -> u64 {
+        self.last - self.first + 1
+    }
+
+    fn name(self) -> String {
+        bundle::name(self.first, self.last)
+    }
+
+    fn holds(self, other: Span) -> bool {
+        self != other && self.first <= other.first && other.last <= self.last
+    }
+}
+
+/// What the bundles of a pool gave.
+#[derive(Default)]
+pub(crate) struct Bundles {
+    /// State after the last record that they cover.
+    pub state: State,
+    /// Hash of that record's file.
+    pub hash: [u8; 32],
+    /// Those that count, in order; the last one ends at `state.head`.
+    pub spans: Vec<Span>,
+    /// Those that cannot be read.
+    pub damage: Vec<Damage>,
+}
+
+/// Spans of all bundles that are there.
+pub(crate) fn list(files: &dyn Files) -> Result<Vec<Span>, PoolError> {
+    let entries = match files.list("index") {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
+    };
+    let mut spans: Vec<Span> = entries
+        .iter()
+        .filter_map(|entry| bundle::span(&entry.name))
+        .map(|(first, last)| Span { first, last })
+        .collect();
+    spans.sort_unstable();
+    Ok(spans)
+}
+
+/// Bundles that a longer one, which can be read, has made needless.
+pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, PoolError> {
+    let spans = list(files)?;
+    let mut needless = Vec::new();
+    let outer = spans.iter().filter(|span| !spans.iter().any(|other| other.holds(**span)));
+    for outer in outer {
+        let inside: Vec<&Span> = spans.iter().filter(|span| outer.holds(**span)).collect();
+        if !inside.is_empty() && open(files, keys, *outer).is_ok() {
+            needless.extend(inside.into_iter().map(|span| span.name()));
+        }
+    }
+    needless.sort_unstable();
+    needless.dedup();
+    Ok(needless)
+}
+
+/// The opened content of a bundle.
+fn open(files: &dyn Files, keys: &Keys, span: Span) -> Result<Vec<u8>, PoolError> {
+    let name = span.name();
+    let path = files.display(&name);
+    let bytes =
+        files.read(&name, bundle::MAX_BYTES).map_err(|source| PoolError::io(path.clone(), "read", source))?;
+    let format = |error: FormatError| error.in_file(path.clone());
+    let (header, raw, sealed) = bundle::decode(&bytes).map_err(format)?;
+    if header.pool != keys.pool() || (header.first, header.last) != (span.first, span.last) {
+        let found = format!("is of records {} to {} of pool {}", header.first, header.last, header.pool);
+        return Err(format(FormatError::at(16, found)));
+    }
+    let mut content = sealed.to_vec();
+    let length = keys
+        .bundle(&header.salt)?
+        .open([0; 12], &raw, &mut content)
+        .ok_or_else(|| format(FormatError::at(0, "its seal does not fit: forged, or of another key")))?
+        .len();
+    content.truncate(length);
+    Ok(content)
+}
+
+/// State from the bundles alone. Damage is no error: what bundles do not give is read from the records.
+pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError> {
+    let all = list(files)?;
+    let mut found = Bundles::default();
+    loop {
+        let next = found.state.head + 1;
+        let mut candidates: Vec<Span> = all.iter().copied().filter(|span| span.first == next).collect();
+        candidates.sort_unstable_by_key(|span| std::cmp::Reverse(span.last));
+        let mut taken = false;
+        for span in candidates {
+            match apply(files, keys, span, &found.state) {
+                Ok((state, hash)) => {
+                    (found.state, found.hash) = (state, hash);
+                    found.spans.push(span);
+                    taken = true;
+                    break;
+                }
+                // The deletion service removed it after the listing: a longer one is there.
+                Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => found.damage.push(Damage::File {
+                    path: files.display(&span.name()),
+                    offset: 0,
+                    reason: error.to_string(),
+                    derived: true,
+                }),
+            }
+        }
+        if !taken {
+            break;
+        }
+    }
+    // A sequence that was put back from another copy has other records under these numbers.
+    if let Some(last) = found.spans.last().map(|span| span.last) {
+        let is_same =
+            sequence::raw(files, last).is_ok_and(|bytes| *blake3::hash(&bytes).as_bytes() == found.hash);
+        if !is_same {
+            let damage = found.damage;
+            return Ok(Bundles { damage, ..Bundles::default() });
+        }
+    }
+    Ok(found)
+}
+
+fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(State, [u8; 32]), PoolError> {
+    let content = open(files, keys, span)?;
+    let mut state = before.clone();
+    let mut number = span.first;
+    let (_, hash) = bundle::records(&content, span.count(), |record| {
+        state
+            .apply(number, record.epoch, record.time, record.kind, record.payload)
+            .map_err(|reason| FormatError::at(0, format!("record {number}: {reason}")))?;
+        number += 1;
+        Ok(())
+    })
+    .map_err(|error| error.in_file(files.display(&span.name())))?;
+    (state.head, state.head_hash) = (span.last, hash);
+    Ok((state, hash))
+}
+
+/// Damage of every bundle that is there, also of those that a longer one has made needless.
+pub(crate) fn examine(files: &dyn Files, keys: &Keys) -> Result<Vec<Damage>, PoolError> {
+    let mut damage = Vec::new();
+    for span in list(files)? {
+        let wrong = match open(files, keys, span) {
+            Ok(content) => bundle::records(&content, span.count(), |_| Ok(()))
+                .err()
+                .map(|error| error.in_file(files.display(&span.name()))),
+            Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(error),
+        };
+        damage.extend(wrong.map(|error| Damage::File {
+            path: files.display(&span.name()),
+            offset: 0,
+            reason: error.to_string(),
+            derived: true,
+        }));
+    }
+    Ok(damage)
+}
+
+/// Writes a bundle up to record `head`, if enough records are in none, and says what the bundles are then.
+///
+/// `None`: nothing to do, or a record cannot be read; then the records stay what is read.
+pub(crate) fn extend(
+    files: &dyn Files,
+    keys: &Keys,
+    randomness: &dyn Randomness,
+    spans: &[Span],
+    head: u64,
+) -> Result<Option<Vec<Span>>, Unpublished> {
+    let covered = spans.last().map_or(0, |span| span.last);
+    if head.saturating_sub(covered) < BUNDLE_RECORDS {
+        return Ok(None);
+    }
+    let mut content = Vec::new();
+    let mut hash = [0u8; 32];
+    for number in covered + 1..=head {
+        let Ok(bytes) = sequence::raw(files, number) else { return Ok(None) };
+        let Ok((header, payload)) = sequence::opened(keys, number, &bytes) else { return Ok(None) };
+        if content.len() + bundle::cost(payload.len()) > bundle::MAX_CONTENT {
+            return Ok(None);
+        }
+        bundle::push(
+            &mut content,
+            &Bundled { epoch: header.epoch, time: header.time, kind: header.kind, payload: &payload },
+        );
+        hash = *blake3::hash(&bytes).as_bytes();
+    }
+    let mut span = Span { first: covered + 1, last: head };
+    let mut kept = spans.to_vec();
+    // Bundles grow as digits carry: every record is written again once for each doubling of their number.
+    while let Some(last) = kept.last().copied().filter(|last| last.count() < 2 * span.count()) {
+        let Ok(before) = open(files, keys, last) else { break };
+        let Ok((records, _)) = bundle::records(&before, last.count(), |_| Ok(())) else { break };
+        if records.len() + content.len() > bundle::MAX_CONTENT {
+            break;
+        }
+        let mut joined = Vec::with_capacity(records.len() + content.len() + 64);
+        joined.extend_from_slice(records);
+        joined.append(&mut content);
+        content = joined;
+        span.first = last.first;
+        kept.pop();
+    }
+    content.extend_from_slice(&hash);
+
+    let path = || files.display(&span.name());
+    let failed = |error: PoolError| Unpublished::Failed(error);
+    let mut salt = [0u8; 16];
+    randomness
+        .fill(&mut salt)
+        .map_err(|source| failed(PoolError::io(path(), "draw random bytes for", source)))?;
+    let header = BundleHeader { pool: keys.pool(), first: span.first, last: span.last, salt };
+    let raw = header.encode(content.len() + crate::keys::TAG);
+    keys.bundle(&salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
+    match sequence::publish(files, &span.name(), &bundle::encode(&raw, &content)) {
+        Ok(()) => {}
+        // A process that was killed right after it wrote the same.
+        Err(Unpublished::Taken) if open(files, keys, span).is_ok() => {}
+        Err(Unpublished::Taken) => return Ok(None),
+        Err(other) => return Err(other),
+    }
+    kept.push(span);
+    Ok(Some(kept))
+}
+
+/// Name of a record that a bundle covers, for messages.
+pub(crate) fn record_path(files: &dyn Files, number: u64) -> String {
+    files.display(&record::name(number))
+}
