@@ -7,6 +7,7 @@ use crate::{AlertRow, Catalog, Derived, Filter, JobRow, Row, SessionRow, Table};
 pub fn all<C: Catalog>(make: impl Fn() -> C) {
     derived_tables_are_replaced_as_a_whole_or_by_row(&make());
     equal_tables_give_equal_dumps(&make(), &make());
+    an_update_clears_only_what_it_names(&make());
     lists_come_in_pages(&make());
     history_survives_a_replacement(&make());
     jobs_are_filtered_and_paged(&make());
@@ -48,6 +49,22 @@ pub fn equal_tables_give_equal_dumps(one: &dyn Catalog, other: &dyn Catalog) {
     assert_eq!(one.derived_dump().unwrap(), other.derived_dump().unwrap());
     other.remove(Table::Hosts, "k7").unwrap();
     assert_ne!(one.derived_dump().unwrap(), other.derived_dump().unwrap());
+}
+
+pub fn an_update_clears_only_what_it_names(catalog: &dyn Catalog) {
+    let old = [
+        (Table::Hosts, row("h", "", 0)),
+        (Table::Points, row("p1", "m", 1)),
+        (Table::Points, row("p2", "m", 2)),
+    ];
+    catalog.replace_derived(&Derived { rows: old.to_vec() }).unwrap();
+    let changed = Row { json: "\"changed\"".into(), ..row("p2", "m", 2) };
+    let new = [(Table::Settings, row("s", "", 0)), (Table::Points, changed.clone())];
+    catalog.update_derived(&[Table::Hosts, Table::Settings], &Derived { rows: new.to_vec() }).unwrap();
+    assert_eq!(catalog.get(Table::Hosts, "h").unwrap(), None);
+    assert_eq!(catalog.get(Table::Points, "p1").unwrap(), Some(row("p1", "m", 1)));
+    assert_eq!(catalog.get(Table::Points, "p2").unwrap(), Some(changed));
+    assert_eq!(catalog.get(Table::Settings, "s").unwrap(), Some(row("s", "", 0)));
 }
 
 pub fn lists_come_in_pages(catalog: &dyn Catalog) {

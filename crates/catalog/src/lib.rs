@@ -73,6 +73,9 @@ impl From<CatalogError> for model::Problem {
 pub trait Catalog: Send + Sync {
     /// Replaces all derived tables by the pool's state.
     fn replace_derived(&self, derived: &Derived) -> Result<(), CatalogError>;
+    /// Empties `cleared` and puts rows into derived tables: what [`Catalog::replace_derived`] does, for the tables and rows
+    /// that may have changed.
+    fn update_derived(&self, cleared: &[Table], rows: &Derived) -> Result<(), CatalogError>;
     /// Puts rows into a derived table; a row of the same key is replaced.
     fn put(&self, table: Table, rows: &[Row]) -> Result<(), CatalogError>;
     /// Takes a row out of a derived table; one that is not there is no error.

@@ -382,11 +382,15 @@ fn all<T>(
 
 impl Catalog for SqliteCatalog {
     fn replace_derived(&self, derived: &Derived) -> Result<(), CatalogError> {
+        self.update_derived(&Table::ALL, derived)
+    }
+
+    fn update_derived(&self, cleared: &[Table], rows: &Derived) -> Result<(), CatalogError> {
         self.write(|connection| {
-            for table in Table::ALL {
+            for table in cleared {
                 connection.execute(&format!("DELETE FROM {}", table.name()), [])?;
             }
-            derived.rows.iter().try_for_each(|(table, row)| put_row(connection, *table, row))
+            rows.rows.iter().try_for_each(|(table, row)| put_row(connection, *table, row))
         })
     }
 

@@ -508,6 +508,7 @@ impl Ingest {
             deleted: None,
             suspect: None,
             verified: None,
+            changed: 0,
         };
         let record = state::encode_point(&point);
         self.shared.pool.append_if(Kind::Point, |state| {

@@ -73,6 +73,8 @@ pub struct Point {
     pub suspect: Option<String>,
     /// When every byte was read and hashed last.
     pub verified: Option<Timestamp>,
+    /// Number of the record that changed anything of this last.
+    pub changed: u64,
 }
 
 /// A pack in quarantine.
@@ -167,12 +169,14 @@ impl State {
                     && point.deleted.is_none()
                 {
                     point.deleted = Some((since, record.reason));
+                    point.changed = number;
                 }
             }
             Kind::Undelete => {
                 let record: payload::PointMark = decode(bytes)?;
                 if let Some(point) = self.point_mut(&record.point)? {
                     point.deleted = None;
+                    point.changed = number;
                 }
             }
             Kind::Quarantine => {
@@ -220,6 +224,7 @@ impl State {
                 for id in payload::ids(&record.points).ok_or("ids of points are cut off")? {
                     if let Some(point) = self.points.get_mut(&RecoveryPointId(id)) {
                         point.suspect = Some(record.reason.clone());
+                        point.changed = number;
                     }
                 }
             }
@@ -228,6 +233,7 @@ impl State {
                 for id in payload::ids(&record.points).ok_or("ids of points are cut off")? {
                     if let Some(point) = self.points.get_mut(&RecoveryPointId(id)) {
                         point.verified = Some(Timestamp(time));
+                        point.changed = number;
                     }
                 }
             }
@@ -353,6 +359,7 @@ fn point(number: u64, record: payload::Point) -> Result<Point, String> {
         deleted: None,
         suspect: None,
         verified: None,
+        changed: number,
     })
 }
 

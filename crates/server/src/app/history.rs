@@ -29,8 +29,11 @@ pub struct History {
 
 struct Inner {
     catalog: Option<SqliteCatalog>,
-    /// A reader's copy of the database lies here and goes with it.
-    _copy: Option<Copy>,
+    /// A reader's copy of the database lies here and goes with it. It is made when something is asked of it: what the
+    /// pool alone answers does not wait for a copy.
+    copy: Option<Copy>,
+    /// Whether a reader has not tried yet to make its copy.
+    uncopied: bool,
     writes: bool,
     /// Ended jobs that the database did not take, above all a reader's: whoever follows one must still learn its end.
     unkept: BTreeMap<JobId, KeptJob>,
@@ -69,16 +72,24 @@ impl History {
     pub fn open(folder: &Path, pool: &Pool, writes: bool) -> Result<(History, Vec<String>), Problem> {
         let mut said = Vec::new();
         if !writes {
-            let (catalog, copy) = open_copy(folder, &mut said);
-            let inner = Inner { catalog, _copy: copy, writes: false, unkept: BTreeMap::new(), head: 0 };
+            let inner = Inner {
+                catalog: None,
+                copy: None,
+                uncopied: true,
+                writes: false,
+                unkept: BTreeMap::new(),
+                head: 0,
+            };
             return Ok((History { inner: Mutex::new(inner), folder: folder.to_owned() }, said));
         }
         let records = folder.join("records");
         std::fs::create_dir_all(&records).map_err(|error| io_problem(&records, "create", &error))?;
+        let mut restored = false;
         let lost: Vec<u64> = pool.state().unreadable.iter().map(|record| record.number).collect();
         for number in lost {
             let copy = std::fs::read(record_path(folder, number)).unwrap_or_default();
             if pool.restore_record(number, &copy).map_err(jobs::problem::pool)? {
+                restored = true;
                 said.push(format!(
                     "record {number} of the pool was damaged and is restored from its copy in {}",
                     records.display()
@@ -104,9 +115,16 @@ impl History {
             )
             .about(pool.path()));
         }
-        let head = known.map_or(0, |head| head.number);
-        let inner =
-            Inner { catalog: Some(opened.catalog), _copy: None, writes: true, unkept: BTreeMap::new(), head };
+        // A restored record changes what lies before the head.
+        let head = known.filter(|_| !restored).map_or(0, |head| head.number);
+        let inner = Inner {
+            catalog: Some(opened.catalog),
+            copy: None,
+            uncopied: false,
+            writes: true,
+            unkept: BTreeMap::new(),
+            head,
+        };
         let history = History { inner: Mutex::new(inner), folder: folder.to_owned() };
         history.sync(pool)?;
         Ok((history, said))
@@ -146,25 +164,29 @@ impl History {
         if !inner.writes || inner.head == head {
             return Ok(());
         }
+        self.copy_records(pool, inner.head + 1, head);
+        if let Some(catalog) = &inner.catalog {
+            let rows = derived(pool, inner.head)?;
+            // All but points are few; of those only the changed ones are written.
+            let cleared = [Table::Datasources, Table::Replicas, Table::Hosts, Table::Settings];
+            let all = if inner.head == 0 { &Table::ALL[..] } else { &cleared[..] };
+            catalog.update_derived(all, &rows).map_err(Problem::from)?;
+        }
+        inner.head = head;
+        Ok(())
+    }
+
+    fn copy_records(&self, pool: &Pool, from: u64, to: u64) {
         let records = self.folder.join("records");
-        for number in 1..=head {
-            let path = record_path(&self.folder, number);
-            if number <= inner.head && path.exists() {
-                continue;
-            }
+        for number in from..=to {
             // A copy is a help, not a promise: what cannot be copied is simply not there.
             if let Ok(bytes) = pool.record_bytes(number)
                 && pool.is_record(number, &bytes)
             {
                 let _ = std::fs::create_dir_all(&records);
-                let _ = std::fs::write(&path, bytes);
+                let _ = std::fs::write(record_path(&self.folder, number), bytes);
             }
         }
-        if let Some(catalog) = &inner.catalog {
-            catalog.replace_derived(&derived(pool)?).map_err(Problem::from)?;
-        }
-        inner.head = head;
-        Ok(())
     }
 
     /// The derived tables, and what they should be: equal text, equal tables.
@@ -172,7 +194,7 @@ impl History {
         let inner = self.inner();
         let Some(catalog) = &inner.catalog else { return Ok(Vec::new()) };
         let before = catalog.derived_dump().map_err(Problem::from)?;
-        catalog.replace_derived(&derived(pool)?).map_err(Problem::from)?;
+        catalog.replace_derived(&derived(pool, 0)?).map_err(Problem::from)?;
         let after = catalog.derived_dump().map_err(Problem::from)?;
         Ok(vec![if before == after {
             "The derived tables were equal to what the pool says.".to_owned()
@@ -183,7 +205,7 @@ impl History {
 
     /// The derived tables as one text.
     pub fn dump(&self) -> Result<String, Problem> {
-        match &self.inner().catalog {
+        match &self.known().catalog {
             Some(catalog) => catalog.derived_dump().map_err(Problem::from),
             None => Ok(String::new()),
         }
@@ -191,11 +213,24 @@ impl History {
 
     /// Damaged copies of records; each is made again.
     pub fn examine(&self, pool: &Pool) -> Vec<Damage> {
-        let inner = self.inner();
-        let mut damage = Vec::new();
+        let (inner, said) = self.loaded();
+        let mut damage: Vec<Damage> = said
+            .into_iter()
+            .map(|reason| Damage::File {
+                path: self.folder.display().to_string(),
+                offset: 0,
+                reason,
+                derived: true,
+            })
+            .collect();
         for number in 1..=pool.state().head {
             let path = record_path(&self.folder, number);
-            let Ok(bytes) = std::fs::read(&path) else { continue };
+            let Ok(bytes) = std::fs::read(&path) else {
+                if inner.writes {
+                    self.copy_records(pool, number, number);
+                }
+                continue;
+            };
             if pool.is_record(number, &bytes) {
                 continue;
             }
@@ -247,7 +282,7 @@ impl History {
 
     /// Ended jobs, newest first.
     pub fn jobs(&self) -> Vec<Job> {
-        let inner = self.inner();
+        let inner = self.known();
         let mut jobs: Vec<Job> = inner.unkept.values().map(|kept| kept.job.clone()).collect();
         let Some(catalog) = &inner.catalog else { return jobs };
         let mut before: Option<(u64, String)> = None;
@@ -266,7 +301,7 @@ impl History {
     }
 
     fn kept(&self, id: JobId) -> Option<KeptJob> {
-        let inner = self.inner();
+        let inner = self.known();
         if let Some(kept) = inner.unkept.get(&id) {
             return Some(kept.clone());
         }
@@ -320,7 +355,7 @@ impl History {
 
     /// Alerts, oldest first.
     pub fn alerts(&self) -> Vec<Alert> {
-        let inner = self.inner();
+        let inner = self.known();
         let Some(catalog) = &inner.catalog else { return Vec::new() };
         let rows = catalog.alerts(true, None, MOST as u32).unwrap_or_default();
         let mut alerts: Vec<Alert> = rows
@@ -346,6 +381,25 @@ impl History {
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same with a reader's copy made, and what there was to say of it.
+    fn loaded(&self) -> (MutexGuard<'_, Inner>, Vec<String>) {
+        let mut inner = self.inner();
+        let mut said = Vec::new();
+        if std::mem::take(&mut inner.uncopied) {
+            (inner.catalog, inner.copy) = open_copy(&self.folder, &mut said);
+        }
+        (inner, said)
+    }
+
+    /// The same for lists, where what there is to say goes to the log.
+    fn known(&self) -> MutexGuard<'_, Inner> {
+        let (inner, said) = self.loaded();
+        for line in said {
+            tracing::warn!("{line}");
+        }
+        inner
     }
 }
 
@@ -449,8 +503,8 @@ fn open_copy(folder: &Path, said: &mut Vec<String>) -> (Option<SqliteCatalog>, O
     (Some(opened.catalog), Some(copy))
 }
 
-/// The derived tables as a pure function of the pool.
-fn derived(pool: &Pool) -> Result<Derived, Problem> {
+/// The derived tables as a pure function of the pool; of points only those that changed after record `since`.
+fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
     let state = pool.state();
     let internal =
         |error: serde_json::Error| Problem::new(Code::Internal, format!("A row cannot be written: {error}."));
@@ -469,6 +523,10 @@ fn derived(pool: &Pool) -> Result<Derived, Problem> {
     }
     let mut newest = BTreeMap::new();
     for point in state.in_order() {
+        newest.insert(point.datasource.to_string(), point.id.to_string());
+        if point.changed <= since {
+            continue;
+        }
         let json = serde_json::json!({
             "machine": point.machine,
             "host": point.host,
@@ -487,7 +545,6 @@ fn derived(pool: &Pool) -> Result<Derived, Problem> {
         });
         let json = serde_json::to_string(&json).map_err(internal)?;
         let (key, owner) = (point.id.to_string(), point.datasource.to_string());
-        newest.insert(owner.clone(), key.clone());
         rows.push((Table::Points, Row { key, owner, order: point.number, json }));
     }
     for (datasource, point) in newest {

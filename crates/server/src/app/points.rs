@@ -14,6 +14,9 @@ use crate::api::names::{self, NamedPoint};
 /// Bytes that only one point uses, by point.
 pub(crate) type UniqueBytes = std::collections::HashMap<RecoveryPointId, u64>;
 
+/// Lists of a pool with more points do not count what is unique to each; showing one point does.
+pub(crate) const MOST_COUNTED: usize = 1000;
+
 impl App {
     /// What only one point uses; counted once for each head of the sequence.
     pub(crate) fn unique_bytes(&self) -> UniqueBytes {
