@@ -2,7 +2,7 @@
 //!
 //! *Derived* tables (datasources, replicas, points, hosts, settings) are a pure function of the pool's records: they are
 //! replaced from it, never the other way, and losing them loses nothing (INV-6). *History* (jobs, their log, alerts,
-//! sessions) is the catalog's own; a sealed export written at each clean close and every night saves it.
+//! sessions) is the catalog's own; a sealed export saves it, written at a clean close: at each while it is small, once a day when it is long.
 //!
 //! Refuses: knowing the pool, SQL in its interface, believing a damaged file.
 //!

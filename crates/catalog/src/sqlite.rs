@@ -252,11 +252,25 @@ impl SqliteCatalog {
         self.end()
     }
 
+    /// Whether the export is missing, a day behind the database, or costs nothing.
+    fn is_export_due(&self) -> bool {
+        let database = fs::metadata(self.folder.join(DATABASE));
+        let export = fs::metadata(self.folder.join(EXPORT));
+        let (Ok(database), Ok(export)) = (database, export) else { return true };
+        let age = database
+            .modified()
+            .and_then(|newer| Ok(newer.duration_since(export.modified()?)))
+            .map(|age| age.unwrap_or_default());
+        database.len() < SMALL || age.is_ok_and(|age| age >= EXPORT_AGE)
+    }
+
     fn end(&self) -> Result<(), CatalogError> {
         if self.locked()?.is_none() {
             return Ok(());
         }
-        self.export_history()?;
+        if self.is_export_due() {
+            self.export_history()?;
+        }
         let Some(connection) = self.locked()?.take() else { return Ok(()) };
         connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
         connection.close().map_err(|(_, error)| error)?;
@@ -264,6 +278,11 @@ impl SqliteCatalog {
         replace_file(&self.folder, DIGEST, digest.as_bytes())
     }
 }
+
+/// A long history is exported once a day, not at the end of every command.
+const EXPORT_AGE: std::time::Duration = std::time::Duration::from_secs(86_400);
+/// A database of fewer bytes is exported at every clean close.
+const SMALL: u64 = 1 << 20;
 
 impl Drop for SqliteCatalog {
     fn drop(&mut self) {

@@ -198,6 +198,12 @@ impl Runner {
         all
     }
 
+    /// One job, at work or ended.
+    pub fn job(&self, id: JobId) -> Option<Job> {
+        let running = self.shared.running().jobs.get(&id).map(|job| job.data().job.clone());
+        running.or_else(|| self.shared.history.job(id))
+    }
+
     /// Jobs at work.
     pub fn running(&self) -> Vec<Job> {
         self.shared.running().jobs.values().map(|job| job.data().job.clone()).collect()

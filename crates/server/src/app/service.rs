@@ -40,6 +40,10 @@ impl AppService {
     }
 
     fn find_job(&self, text: &str) -> Result<Job, Problem> {
+        // Whoever follows a job asks by its whole id, often: that is no reason to read the whole history.
+        if let Some(job) = text.parse().ok().and_then(|id| self.app().runner.job(id)) {
+            return Ok(job);
+        }
         let mut jobs = self.app().runner.jobs();
         let ids: Vec<String> = jobs.iter().map(|job| job.id.to_string()).collect();
         let named: Vec<Named<'_>> = ids.iter().map(|id| Named { id, name: "", host: None }).collect();
