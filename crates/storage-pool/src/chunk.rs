@@ -39,19 +39,29 @@ impl std::str::FromStr for PackId {
     }
 }
 
-/// Where a chunk is: a pack, and in it a frame's offset with the chunk's place in the low 4 bits.
+/// Where a chunk is: a pack, and in it a packed frame and place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Location {
     /// The pack.
     pub pack: PackId,
-    /// Frame offset and place.
+    /// The frame's offset divided by 64, times 16, plus the chunk's place in it: 24 bits (section 6).
     pub at: u32,
 }
 
+/// Locations are below this.
+pub const LOCATION_END: u32 = 1 << 24;
+/// Frames begin before this byte of a pack, so that a location fits.
+pub const FRAMES_END: u32 = 64 << 20;
+
 impl Location {
+    /// The chunk in place `slot` of the frame at byte `frame`, a multiple of 64 below [`FRAMES_END`], of `pack`.
+    pub fn new(pack: PackId, frame: u32, slot: usize) -> Location {
+        Location { pack, at: (frame >> 6) << 4 | (slot as u32 & 15) }
+    }
+
     /// Offset of the frame in the pack's file.
     pub fn frame(self) -> u32 {
-        self.at & !15
+        (self.at >> 4) << 6
     }
 
     /// Place of the chunk in the frame.

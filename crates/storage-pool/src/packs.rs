@@ -102,8 +102,7 @@ impl PackWriter {
             return Err(PoolError::Misuse(format!("a frame of {} chunks, {decoded} bytes", ids.len())));
         }
         let offset = self.length;
-        // Locations are 32 bits.
-        if offset > u64::from(u32::MAX) || encoded.len() > pack::MAX_STORED as usize - crate::keys::TAG {
+        if offset >= u64::from(crate::chunk::FRAMES_END) || encoded.len() > pack::MAX_STORED as usize - crate::keys::TAG {
             return Err(PoolError::Misuse(format!("a frame of {} bytes at byte {offset}", encoded.len())));
         }
         let mut header = FrameHeader {
@@ -124,9 +123,9 @@ impl PackWriter {
         self.frames += 1;
         let mut places = Vec::with_capacity(ids.len());
         for (slot, &id) in ids.iter().enumerate() {
-            let location = offset as u32 | slot as u32;
-            self.table.push(TableEntry { id, location });
-            places.push(Location { pack: self.header.pack, at: location });
+            let place = Location::new(self.header.pack, offset as u32, slot);
+            self.table.push(TableEntry { id, location: place.at });
+            places.push(place);
         }
         Ok(places)
     }
@@ -439,7 +438,7 @@ pub fn examine(files: &dyn Files, pool: PoolId, id: PackId) -> Result<PackExamin
             }
             found.damaged.push((at, "a frame's header is damaged".to_owned()));
             found.frames.push(at as u32);
-            // Frames begin at multiples of 16 with their magic: find the next one whose bytes fit their hash.
+            // Frames begin at multiples of 64 with their magic: find the next one whose bytes fit their hash.
             match next_frame(file.as_ref(), at + pack::ALIGN, frames_end).map_err(io)? {
                 Some(next) => {
                     at = next;

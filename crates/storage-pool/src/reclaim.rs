@@ -240,7 +240,7 @@ impl Pool {
             let frames: BTreeSet<u32> = chunks.iter().map(|(_, place)| place.frame()).collect();
             let damaged: Vec<u32> = frames
                 .into_iter()
-                .filter(|&at| !self.reader.is_sound(Location { pack: id, at }, info.domain))
+                .filter(|&at| !self.reader.is_sound(Location::new(id, at, 0), info.domain))
                 .collect();
             if damaged.is_empty() {
                 sound.push(id);
@@ -267,7 +267,7 @@ impl Pool {
         };
         let mut frames: BTreeMap<u32, u64> = BTreeMap::new();
         for entry in &table.table {
-            frames.entry(entry.location & !15).or_default();
+            frames.entry(Location { pack: id, at: entry.location }.frame()).or_default();
         }
         let starts: Vec<u32> = frames.keys().copied().collect();
         let end = table.length as u32;
@@ -277,7 +277,7 @@ impl Pool {
         }
         let mut chunks_in: BTreeMap<u32, u64> = BTreeMap::new();
         for entry in &table.table {
-            *chunks_in.entry(entry.location & !15).or_default() += 1;
+            *chunks_in.entry(Location { pack: id, at: entry.location }.frame()).or_default() += 1;
         }
         let mut live = 0;
         for (_, place) in chunks {

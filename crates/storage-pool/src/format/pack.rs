@@ -12,8 +12,8 @@ const FRAME: [u8; 4] = *b"FRM1";
 pub const HEADER: usize = 64;
 /// Bytes of a frame's header.
 pub const FRAME_HEADER: usize = 32;
-/// Frames begin at multiples of this, so that the low bits of an offset can say which chunk.
-pub const ALIGN: u64 = 16;
+/// Frames begin at multiples of this, so that a location fits 24 bits.
+pub const ALIGN: u64 = 64;
 /// Most chunks in a frame.
 pub const MAX_CHUNKS: usize = 16;
 /// Most decoded bytes of a frame: 16 blocks.
@@ -152,7 +152,7 @@ pub fn frame_span(stored: u32) -> u64 {
 pub struct TableEntry {
     /// The chunk.
     pub id: ChunkId,
-    /// Frame offset with the chunk's place in the low 4 bits.
+    /// Frame and place, as in [`crate::chunk::Location`].
     pub location: u32,
 }
 
@@ -174,7 +174,13 @@ pub fn decode_table(bytes: &[u8]) -> Result<Vec<TableEntry>, FormatError> {
     }
     entries
         .iter()
-        .map(|entry| Ok(TableEntry { id: ChunkId(take(entry, 0)?), location: u32_at(entry, 16)? }))
+        .map(|entry| {
+            let location = u32_at(entry, 16)?;
+            if location >= crate::chunk::LOCATION_END {
+                return Err(FormatError::at(0, format!("the table names location {location:#x}, of 24 bits")));
+            }
+            Ok(TableEntry { id: ChunkId(take(entry, 0)?), location })
+        })
         .collect()
 }
 
