@@ -60,25 +60,36 @@ struct Running {
 
 /// A running deletion service, as the writer talks to it.
 pub struct ChildDeletion {
-    running: Mutex<Running>,
+    root: PathBuf,
+    running: Mutex<Option<Running>>,
 }
 
 impl ChildDeletion {
-    /// Starts the service of a data folder.
+    /// The service of a data folder, started when there is something to remove: for a process that keeps its rights.
+    pub fn when_needed(root: &Path) -> ChildDeletion {
+        ChildDeletion { root: root.to_owned(), running: Mutex::new(None) }
+    }
+
+    /// Starts the service of a data folder now: for a process that is about to give up the right to remove.
     pub fn start(root: &Path) -> Result<ChildDeletion, Problem> {
-        let failed = |error: std::io::Error| {
+        let running = Running::start(root).map_err(|error| {
             Problem::new(Code::Internal, format!("The deletion service cannot be started: {error}."))
-        };
-        let mut child = Command::new(std::env::current_exe().map_err(failed)?)
+        })?;
+        Ok(ChildDeletion { root: root.to_owned(), running: Mutex::new(Some(running)) })
+    }
+}
+
+impl Running {
+    fn start(root: &Path) -> std::io::Result<Running> {
+        let mut child = Command::new(std::env::current_exe()?)
             .arg(WORD)
             .arg(root)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
+            .spawn()?;
         let (orders, answers) = (child.stdin.take(), child.stdout.take());
-        let answers = answers.ok_or_else(|| failed(std::io::Error::other("no pipe")))?;
-        Ok(ChildDeletion { running: Mutex::new(Running { child, orders, answers: BufReader::new(answers) }) })
+        let answers = answers.ok_or_else(|| std::io::Error::other("no pipe"))?;
+        Ok(Running { child, orders, answers: BufReader::new(answers) })
     }
 }
 
@@ -90,6 +101,10 @@ impl DeletionService for ChildDeletion {
             source,
         };
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = match &mut *running {
+            Some(running) => running,
+            none => none.insert(Running::start(&self.root).map_err(failed)?),
+        };
         let order = Order { permit, runs: runs.to_vec() };
         let line = serde_json::to_string(&order).map_err(|error| failed(std::io::Error::other(error)))?;
         let orders = running.orders.as_mut().ok_or_else(|| failed(std::io::ErrorKind::BrokenPipe.into()))?;
@@ -107,9 +122,10 @@ impl DeletionService for ChildDeletion {
 
 impl Drop for ChildDeletion {
     fn drop(&mut self) {
-        let running = self.running.get_mut().unwrap_or_else(PoisonError::into_inner);
-        running.orders = None;
-        let _ = running.child.wait();
+        if let Some(running) = self.running.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            running.orders = None;
+            let _ = running.child.wait();
+        }
     }
 }
 

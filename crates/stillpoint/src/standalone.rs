@@ -88,7 +88,7 @@ fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Pr
     let clock = Arc::new(SystemClock);
     let randomness = Arc::new(SystemRandomness);
     let deletion: Arc<dyn storage_pool::reclaim::DeletionService + Send + Sync> =
-        if writes { Arc::new(ChildDeletion::start(&folder.root)?) } else { Arc::new(NoDeletion) };
+        if writes { Arc::new(ChildDeletion::when_needed(&folder.root)) } else { Arc::new(NoDeletion) };
     let (history, said) = History::open(&folder.catalog(), &opened.pool, writes)?;
     let app = App::new(Parts {
         folder,

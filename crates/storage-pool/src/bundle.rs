@@ -74,6 +74,13 @@ pub(crate) fn list(files: &dyn Files) -> Result<Vec<Span>, PoolError> {
     Ok(spans)
 }
 
+/// Bundles that lie inside a longer one, by their names alone.
+pub(crate) fn superseded_names(files: &dyn Files) -> Result<Vec<String>, PoolError> {
+    let spans = list(files)?;
+    let inside = spans.iter().filter(|span| spans.iter().any(|other| other.holds(**span)));
+    Ok(inside.map(|span| span.name()).collect())
+}
+
 /// Bundles that a longer one, which can be read, has made needless.
 pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, PoolError> {
     let spans = list(files)?;

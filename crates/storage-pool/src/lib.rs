@@ -39,6 +39,7 @@ mod pool;
 pub mod reclaim;
 mod sequence;
 pub mod state;
+mod tidy;
 pub mod verify;
 
 pub use error::{Damage, PoolError};

@@ -74,6 +74,8 @@ struct Marks {
 impl Pool {
     /// Every chunk that a point needs. Anything that cannot be read stops everything (INV-12).
     fn mark(self: &Arc<Self>) -> Result<Marks, PoolError> {
+        // Bundles spare the reading of records, but nothing is freed on their word.
+        self.recheck_records()?;
         let state = self.state().clone();
         if let Some(record) = state.unreadable.first() {
             return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
@@ -527,6 +529,9 @@ pub fn run_deletion_service(
                 removal.remove(&name).map_err(|source| io(&name, source))?;
             }
         }
+    }
+    for name in crate::bundle::superseded(&*world.files, &keys)? {
+        removal.remove(&name).map_err(|source| io(&name, source))?;
     }
     if runs.is_empty() {
         return Ok(());

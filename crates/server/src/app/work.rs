@@ -191,6 +191,10 @@ impl App {
                 if let Err(problem) = app.parts.history.sync(app.pool()) {
                     warnings.push(problem);
                 }
+                // Neither is a file that is needless and stays a while.
+                if let Err(error) = app.pool().tidy(&*app.parts.deletion) {
+                    tracing::warn!("superseded index files stay for now: {error}");
+                }
                 Ok(Done { figures, warnings })
             }),
         )
