@@ -90,7 +90,7 @@ impl Default for SenderSettings {
             hold_bytes: 32 << 20,
             batch_blocks: 64,
             workers: 2,
-            level: Some(1),
+            level: Some(3),
             pace: None,
         }
     }
