@@ -265,7 +265,7 @@ impl Fabric {
             path: "disk0".to_owned(),
             format: "raw".to_owned(),
             overwrite: false,
-            sync: false,
+            sync: true,
             accept_damage: false,
             min_consistency: None,
             pace: None,
