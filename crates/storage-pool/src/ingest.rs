@@ -211,10 +211,8 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
             return Ok(true);
         }
     }
-    for place in shared.pool.find(id)? {
-        if !shared.pool.state().is_healthy(place.pack, place.frame()) {
-            continue;
-        }
+    let is_good = |place: &Location| shared.pool.state().is_healthy(place.pack, place.frame());
+    for place in shared.pool.find_near(id, is_good)?.into_iter().filter(is_good) {
         let key = (place.pack, place.frame());
         {
             let inner = shared.inner();

@@ -28,7 +28,7 @@ pub mod chunk;
 pub mod error;
 pub mod format;
 mod frame;
-mod index;
+pub mod index;
 mod ingest;
 pub mod keys;
 pub mod kit;

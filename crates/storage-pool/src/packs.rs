@@ -102,7 +102,9 @@ impl PackWriter {
             return Err(PoolError::Misuse(format!("a frame of {} chunks, {decoded} bytes", ids.len())));
         }
         let offset = self.length;
-        if offset >= u64::from(crate::chunk::FRAMES_END) || encoded.len() > pack::MAX_STORED as usize - crate::keys::TAG {
+        if offset >= u64::from(crate::chunk::FRAMES_END)
+            || encoded.len() > pack::MAX_STORED as usize - crate::keys::TAG
+        {
             return Err(PoolError::Misuse(format!("a frame of {} bytes at byte {offset}", encoded.len())));
         }
         let mut header = FrameHeader {

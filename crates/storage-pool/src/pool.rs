@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    TryLockError,
+};
 
 use environment::{Clock, Files, Lock, Randomness};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
@@ -14,7 +17,7 @@ use crate::error::{Damage, PoolError};
 use crate::format::pack::PackKind;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
-use crate::index::Index;
+use crate::index::{Index, Tables};
 use crate::keys::{DomainKeys, Keys, Secret, wrap_key};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
@@ -49,7 +52,7 @@ impl Default for Settings {
             floor_points: 3,
             floor_age: 86_400,
             breaker_percent: 50,
-            zstd_level: 1,
+            zstd_level: 3,
         }
     }
 }
@@ -63,7 +66,7 @@ impl Settings {
             floor_points: 0,
             floor_age: 0,
             breaker_percent: 100,
-            zstd_level: 1,
+            zstd_level: 3,
         }
     }
 }
@@ -144,7 +147,10 @@ pub struct Pool {
     settings: Settings,
     created: Timestamp,
     state: RwLock<State>,
-    pub(crate) index: RwLock<Index>,
+    /// Opened at once by a writer, and by a reader when something asks for a chunk or a pack.
+    index: OnceLock<OpenIndex>,
+    /// Held by whoever replaces runs.
+    merging: Mutex<()>,
     pub(crate) reader: PackReader,
     writer: Option<Mutex<Writer>>,
     activity: Mutex<Activity>,
@@ -154,13 +160,20 @@ pub struct Pool {
     notes: Vec<Damage>,
 }
 
-/// Tables of the packs read last: neighbours on a disk mostly lie in one pack, so one table answers for many blocks.
-#[derive(Default)]
-struct Tables {
-    held: Vec<(PackId, Arc<HashMap<ChunkId, u32>>)>,
+/// The index, and what was damaged when it was opened.
+struct OpenIndex {
+    index: RwLock<Index>,
+    damage: Vec<Damage>,
 }
 
-const HELD_TABLES: usize = 24;
+impl From<Index> for OpenIndex {
+    fn from(index: Index) -> OpenIndex {
+        OpenIndex { damage: index.damage().to_vec(), index: RwLock::new(index) }
+    }
+}
+
+/// How often a reader looks again when a writer went on beside it.
+const LOOKS: usize = 4;
 
 /// A pool that was just created, and who can open it.
 pub struct Created {
@@ -279,20 +292,29 @@ impl Pool {
         // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
         // writer went on between the two, the state is read again.
         let (mut state, mut bundles, mut bundle_damage) = sequence::load_bundled(&*world.files, &keys)?;
-        let mut attempts = 0;
-        let index = loop {
-            let index = Index::open(world.files.clone(), &keys, &|pack| state.permitted.contains_key(&pack))?;
-            if index.damage().is_empty() && index.witnessed() <= state.head || attempts == 3 {
-                break index;
+        let mut index = None;
+        for _ in 0..LOOKS {
+            let (witnessed, is_sound) = if lock.is_some() {
+                let gone = |pack| state.permitted.contains_key(&pack);
+                let opened = index.insert(Index::open(world.files.clone(), &keys, &gone)?);
+                (opened.witnessed(), opened.damage().is_empty())
+            } else {
+                (Index::witnessed_by_ends(&*world.files, &keys)?, true)
+            };
+            let head = state.head;
+            if is_sound && witnessed <= head {
+                break;
             }
-            attempts += 1;
             let again = sequence::load_bundled(&*world.files, &keys)?;
-            if again.0.head == state.head {
-                break index;
+            let is_same = again.0.head == head;
+            if !is_same {
+                (state, bundles, bundle_damage) = again;
             }
-            (state, bundles, bundle_damage) = again;
-        };
-        state.expect_head(index.witnessed(), |number| world.path(&crate::format::record::name(number)));
+            state.expect_head(witnessed, |number| world.path(&crate::format::record::name(number)));
+            if is_same {
+                break;
+            }
+        }
         if lock.is_some() {
             if let Some((record, needs)) =
                 state.unreadable.iter().find_map(|record| Some((record, record.needs?)))
@@ -300,14 +322,16 @@ impl Pool {
                 let reads = crate::format::VERSION;
                 return Err(PoolError::TooNew { path: record.path.clone(), needs, reads });
             }
-            let folders: std::collections::BTreeSet<String> =
-                index.loose_packs().iter().map(|pack| crate::format::pack::folder(*pack)).collect();
+            let folders: std::collections::BTreeSet<String> = index
+                .iter()
+                .flat_map(|index| index.loose_packs())
+                .map(|pack| crate::format::pack::folder(*pack))
+                .collect();
             for folder in folders {
                 world.files.sync_folder(&folder).map_err(|source| io(&folder, "sync", source))?;
             }
         }
         notes.extend(bundle_damage);
-        notes.extend(index.damage().iter().cloned());
         notes.extend(record_damage(&state));
         let reader = PackReader::new(world.files.clone(), keys.clone());
         let appender =
@@ -321,7 +345,8 @@ impl Pool {
             settings: header.settings,
             created: header.created,
             state: RwLock::new(state),
-            index: RwLock::new(index),
+            index: index.map_or_else(OnceLock::new, |index| OnceLock::from(OpenIndex::from(index))),
+            merging: Mutex::new(()),
             reader,
             writer,
             activity: Mutex::new(Activity::default()),
@@ -348,9 +373,9 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Damage met while opening.
-    pub fn notes(&self) -> &[Damage] {
-        &self.notes
+    /// Damage met while opening. Opens the index, where nothing has asked for it yet.
+    pub fn notes(&self) -> Vec<Damage> {
+        self.notes.iter().chain(&self.open_index().damage).cloned().collect()
     }
 
     /// The pool's id.
@@ -383,12 +408,36 @@ impl Pool {
         self.state.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn open_index(&self) -> &OpenIndex {
+        self.index.get_or_init(|| {
+            let mut permitted = self.state().permitted.clone();
+            let mut head = self.state().head;
+            for _ in 0..LOOKS {
+                let gone = |pack| permitted.contains_key(&pack);
+                let opened = match Index::open(self.world.files.clone(), &self.keys, &gone) {
+                    Ok(index) if !index.damage().is_empty() => index,
+                    Ok(index) => return index.into(),
+                    Err(error) => return Index::closed(self.world.files.clone(), &self.keys, error).into(),
+                };
+                // What is missing may have been removed by a reclaim after this pool was opened for reading.
+                match sequence::load_bundled(&*self.world.files, &self.keys) {
+                    Ok((fresh, ..)) if fresh.head != head => {
+                        (head, permitted) = (fresh.head, fresh.permitted)
+                    }
+                    _ => return opened.into(),
+                }
+            }
+            let error = PoolError::Busy { path: self.world.path("index") };
+            Index::closed(self.world.files.clone(), &self.keys, error).into()
+        })
+    }
+
     pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {
-        self.index.read().unwrap_or_else(PoisonError::into_inner)
+        self.open_index().index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
-        self.index.write().unwrap_or_else(PoisonError::into_inner)
+        self.open_index().index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Appends a record; see [`Appender::append`].
@@ -525,22 +574,62 @@ impl Pool {
         Err(failed.into_error(self.world.path(&crate::format::pack::name(id))))
     }
 
-    /// Makes what is in no run durable in one.
+    /// Makes what is in no run durable in one, and merges runs where a tier is full.
     pub(crate) fn flush_index(&self) -> Result<(), PoolError> {
-        self.write_run(|index, head| index.flush(head))
+        self.change_runs(|index, head| index.flush(head))?;
+        match self.merge_runs() {
+            // Nothing waits for a merge; it is due again later.
+            Err(PoolError::Full { .. }) => Ok(()),
+            merged => merged,
+        }
     }
 
-    /// Writes a run; if its name may not last, nothing more is written.
+    /// Merges runs while some are due. Ingests, restores and flushes go on meanwhile.
+    fn merge_runs(&self) -> Result<(), PoolError> {
+        let _merging = match self.merging.try_lock() {
+            Ok(merging) => merging,
+            Err(TryLockError::Poisoned(merging)) => merging.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        loop {
+            let head = self.state().head;
+            let Some(build) = self.index().due_merge(head) else { return Ok(()) };
+            match build.write() {
+                Ok(built) => self.index_mut().install(built),
+                Err(error) => {
+                    self.heed_naming(&error);
+                    self.index_mut().heal(error)?;
+                    self.change_runs(|index, head| index.flush(head))?;
+                }
+            }
+        }
+    }
+
+    /// Replaces runs, with no merge beside it; if a run's name may not last, nothing more is written.
     pub(crate) fn write_run(
+        &self,
+        write: impl FnOnce(&mut Index, u64) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.change_runs(write)
+    }
+
+    fn change_runs(
         &self,
         write: impl FnOnce(&mut Index, u64) -> Result<(), PoolError>,
     ) -> Result<(), PoolError> {
         let head = self.state().head;
         let result = write(&mut self.index_mut(), head);
-        if let Err(error @ PoolError::Io { action: sequence::NAMING, .. }) = &result {
-            self.break_writer(error);
+        if let Err(error) = &result {
+            self.heed_naming(error);
         }
         result
+    }
+
+    fn heed_naming(&self, error: &PoolError) {
+        if let PoolError::Io { action: sequence::NAMING, .. } = error {
+            self.break_writer(error);
+        }
     }
 
     /// A fresh random id.
@@ -724,6 +813,23 @@ impl Pool {
         }
     }
 
+    /// Places of a chunk among which a backup looks for one that it may share. What `is_good` likes in the tables of the
+    /// packs met last is enough; otherwise every place, as [`Pool::find`] says.
+    pub(crate) fn find_near(
+        &self,
+        id: &ChunkId,
+        is_good: impl Fn(&Location) -> bool,
+    ) -> Result<Vec<Location>, PoolError> {
+        if let Some(place) = self.tables().find(id).filter(is_good) {
+            return Ok(vec![place]);
+        }
+        let places = self.find(id)?;
+        if let Some(place) = places.first() {
+            self.meet(place.pack);
+        }
+        Ok(places)
+    }
+
     /// Every chunk in every place, after [`Pool::find`]'s manner. `begin` is called before each attempt.
     pub(crate) fn for_each_chunk<T>(
         &self,
@@ -748,7 +854,8 @@ impl Pool {
         id: &ChunkId,
         out: &mut dyn FnMut(&[u8]),
     ) -> Result<(), PoolError> {
-        if let Some(place) = self.place_by_table(id)
+        let held = self.tables().find(id);
+        if let Some(place) = held
             && self.try_place(keys, kind, id, place, out).is_ok()
         {
             return Ok(());
@@ -758,7 +865,7 @@ impl Pool {
             match self.try_place(keys, kind, id, place, out) {
                 Ok(()) => {
                     if kind == ChunkKind::Block {
-                        self.hold_table(place.pack);
+                        self.meet(place.pack);
                     }
                     return Ok(());
                 }
@@ -799,34 +906,23 @@ impl Pool {
         Ok(())
     }
 
-    fn place_by_table(&self, id: &ChunkId) -> Option<Location> {
-        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        tables
-            .held
-            .iter()
-            .rev()
-            .find_map(|(pack, table)| table.get(id).map(|&at| Location { pack: *pack, at }))
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hold_table(&self, pack: PackId) {
-        let is_held = |tables: &Tables| tables.held.iter().any(|(held, _)| *held == pack);
-        if is_held(&self.tables.lock().unwrap_or_else(PoisonError::into_inner)) {
+    /// A chunk was found in `pack`: if others were lately, its table is read, because more will follow.
+    fn meet(&self, pack: PackId) {
+        if !self.tables().meet(pack) {
             return;
         }
-        let Ok(finished) = packs::read_table(&*self.world.files, &self.keys, pack) else { return };
-        let table = finished.table.iter().map(|entry| (entry.id, entry.location)).collect();
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_held(&tables) {
-            if tables.held.len() >= HELD_TABLES {
-                tables.held.remove(0);
-            }
-            tables.held.push((pack, Arc::new(table)));
+        if let Ok(table) = packs::read_table(&*self.world.files, &self.keys, pack) {
+            self.tables().hold(&table);
         }
     }
 
     pub(crate) fn forget_pack(&self, pack: PackId) {
         self.reader.forget(pack);
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner).held.retain(|(held, _)| *held != pack);
+        self.tables().forget(pack);
     }
 
     fn activity(&self) -> MutexGuard<'_, Activity> {

@@ -357,10 +357,10 @@ fn hostile_files_are_damage() {
     // An entry that sends a shared block to another chunk: the page's check value is keyed.
     let name = "index/0000000000000001.run";
     let mut run = rig.files.read(name, 1 << 20).unwrap();
-    let page = run.len() - 4096;
-    run[page + 20] ^= 16;
-    let hash = blake3::hash(&[&0u64.to_le_bytes()[..], &run[page..page + 4080]].concat());
-    run[page + 4080..].copy_from_slice(&hash.as_bytes()[..16]);
+    let page = 64;
+    run[page + 19] ^= 1;
+    let hash = blake3::hash(&run[page..page + 4080]);
+    run[page + 4080..page + 4096].copy_from_slice(&hash.as_bytes()[..16]);
     rig.files.set_bytes(name, run);
     rig.files.set_bytes("packs/ff/ffffffffffffffffffffffffffffffff.pack", vec![0xff; 100_000]);
     rig.files.set_bytes("sequence/ffffffffffffffff.record", vec![0; 500]);

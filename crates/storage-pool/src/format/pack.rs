@@ -177,7 +177,10 @@ pub fn decode_table(bytes: &[u8]) -> Result<Vec<TableEntry>, FormatError> {
         .map(|entry| {
             let location = u32_at(entry, 16)?;
             if location >= crate::chunk::LOCATION_END {
-                return Err(FormatError::at(0, format!("the table names location {location:#x}, of 24 bits")));
+                return Err(FormatError::at(
+                    0,
+                    format!("the table names location {location:#x}, of 24 bits"),
+                ));
             }
             Ok(TableEntry { id: ChunkId(take(entry, 0)?), location })
         })

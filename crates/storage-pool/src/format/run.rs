@@ -1,19 +1,40 @@
-//! Index runs (section 7).
+//! Index runs (section 7): pages of sorted entries, a filter after each partition of pages, and a tail.
+//!
+//! Nothing here needs more memory than one partition's filter keys and the tail: a run is written and read as a stream.
+//! Every part is under a keyed hash, so that nobody without the root key can make the pool believe that it holds a
+//! chunk, or that it does not.
 
 use model::{DomainId, PoolId};
 
 use super::pack::PackKind;
 use super::{FormatError, check_head, head, take, u16_at, u32_at, u64_at};
-use crate::chunk::{ChunkId, PackId};
+use crate::chunk::{ChunkId, LOCATION_END, PackId};
 
 const MAGIC: &[u8; 8] = b"STPRUN_1";
-const FIXED: usize = 64;
-/// Largest head that is read: a million packs take 48 MB, 10^10 entries 470 MB.
-const MAX_HEAD: u64 = 1 << 30;
+const END: &[u8; 8] = b"STPRUNE1";
+/// Bytes of the header.
+pub const HEADER: usize = 64;
+/// Bytes of the trailer.
+pub const TRAILER: usize = 96;
+/// Largest tail that is read: five million packs take 240 MB, 10^10 entries 430 MB.
+const MAX_TAIL: u64 = 1 << 30;
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
 /// Entries of a page.
-pub const PAGE_ENTRIES: usize = 170;
+pub const PAGE_ENTRIES: usize = 185;
+/// Bytes of an entry.
+const ENTRY: usize = 22;
+/// Bytes of a page that its check covers: entries, the page's number, zeros.
+const CHECKED: usize = PAGE - 16;
+/// Pages of a partition: just under four million keys, so that a filter is built in 40 MB.
+pub const PARTITION_PAGES: u64 = 21_600;
+const PARTITION_ENTRIES: u64 = PARTITION_PAGES * PAGE_ENTRIES as u64;
+/// Bits of a filter for each of its keys.
+const BITS_A_KEY: u64 = 12;
+/// Bits of a block of a filter.
+const BLOCK_BITS: u64 = 256;
+/// Packs that a run can name: positions have 24 bits.
+pub const MAX_PACKS: usize = 1 << 24;
 
 /// A pack as a run names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,187 +54,454 @@ pub struct RunPack {
 pub struct RunEntry {
     /// The chunk.
     pub id: ChunkId,
-    /// Position of its pack in the run's list.
+    /// Position of its pack in the run's list; 24 bits.
     pub pack: u32,
-    /// Where in the pack.
+    /// Where in the pack; 24 bits.
     pub location: u32,
 }
 
-/// All of a run but its pages.
+/// First 8 bytes of an id, so that numbers sort as ids do.
+pub fn prefix(id: &ChunkId) -> u64 {
+    (u128::from_be_bytes(id.0) >> 64) as u64
+}
+
+/// What a filter knows of an id: its last 8 bytes. The first ones are much alike within a partition.
+pub fn filter_key(id: &ChunkId) -> u64 {
+    u128::from_be_bytes(id.0) as u64
+}
+
+/// Whether an id may be among the keys of a partition: a split-block Bloom filter. A key belongs to one block of eight
+/// words, chosen by its high 24 bits, and has a bit in each, chosen by five of its low 40 bits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RunHead {
+pub struct Filter {
+    blocks: Vec<[u32; 8]>,
+}
+
+impl Filter {
+    /// The filter of `keys`.
+    pub fn of(keys: &[u64]) -> Filter {
+        let mut filter = Filter { blocks: vec![[0; 8]; filter_blocks(keys.len() as u64) as usize] };
+        for &key in keys {
+            let block = filter.block(key);
+            if let Some(words) = filter.blocks.get_mut(block) {
+                words.iter_mut().zip(bits(key)).for_each(|(word, bit)| *word |= bit);
+            }
+        }
+        filter
+    }
+
+    fn block(&self, key: u64) -> usize {
+        (((key >> 40) * self.blocks.len() as u64) >> 24) as usize
+    }
+
+    /// False if `key` is certainly none of its keys.
+    pub fn may_hold(&self, key: u64) -> bool {
+        let Some(words) = self.blocks.get(self.block(key)) else { return true };
+        words.iter().zip(bits(key)).all(|(word, bit)| word & bit != 0)
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        self.blocks.len() * 32
+    }
+}
+
+fn bits(key: u64) -> impl Iterator<Item = u32> {
+    (0..8).map(move |word| 1u32 << ((key >> (5 * word)) & 31))
+}
+
+fn filter_blocks(keys: u64) -> u64 {
+    (keys * BITS_A_KEY).div_ceil(BLOCK_BITS)
+}
+
+fn filter_bytes(keys: u64) -> u64 {
+    filter_blocks(keys) * 32 + 16
+}
+
+/// Check value of a partition's filter: bound to its run by the key, and to its place in it.
+fn filter_check(key: &[u8; 32], partition: u64, bytes: &[u8]) -> [u8; 16] {
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(bytes).update(b"filter").update(&partition.to_le_bytes());
+    short(hasher.finalize())
+}
+
+fn short(hash: blake3::Hash) -> [u8; 16] {
+    let mut short = [0u8; 16];
+    short.copy_from_slice(&hash.as_bytes()[..16]);
+    short
+}
+
+/// What header and trailer say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunEnds {
     /// The pool.
     pub pool: PoolId,
     /// Its number; equals the file name.
     pub number: u64,
     /// Entries in all pages.
     pub entries: u64,
+    /// Number of the last record when it was written.
+    pub witnessed: u64,
+    packs: u32,
+    superseded: u32,
+    pages: u32,
+    tail_at: u64,
+    tail_hash: [u8; 32],
+    raw_header: [u8; HEADER],
+}
+
+impl RunEnds {
+    /// Header and trailer of a file of `length` bytes, under the run's key.
+    pub fn decode(
+        key: &[u8; 32],
+        header: &[u8; HEADER],
+        trailer: &[u8; TRAILER],
+        length: u64,
+    ) -> Result<RunEnds, FormatError> {
+        check_head(header, MAGIC)?;
+        let at = length.saturating_sub(TRAILER as u64);
+        if trailer[..8] != *END {
+            return Err(FormatError::at(at, "no trailer: the run is cut off or overwritten"));
+        }
+        let mut hasher = blake3::Hasher::new_keyed(key);
+        hasher.update(header).update(&trailer[..80]);
+        if short(hasher.finalize()) != trailer[80..] {
+            return Err(FormatError::at(at, "header and trailer of the run do not fit their hash"));
+        }
+        if header[12..16] != [0; 4] || header[40..] != [0; 24] || trailer[36..48] != [0; 12] {
+            return Err(FormatError::at(12, "reserved bytes are not zero"));
+        }
+        let mut ends = RunEnds {
+            pool: PoolId(take(header, 16)?),
+            number: u64_at(header, 32)?,
+            entries: u64_at(trailer, 8)?,
+            packs: u32_at(trailer, 16)?,
+            superseded: u32_at(trailer, 20)?,
+            pages: u32_at(trailer, 24)?,
+            witnessed: u64_at(trailer, 28)?,
+            tail_at: 0,
+            tail_hash: take(trailer, 48)?,
+            raw_header: *header,
+        };
+        let tail = ends.tail_bytes();
+        let expected = (u64::from(ends.pages) == ends.entries.div_ceil(PAGE_ENTRIES as u64))
+            .then(|| ends.pages_end() + tail);
+        if expected != Some(at) || tail > MAX_TAIL {
+            return Err(FormatError::at(
+                at,
+                format!("{} entries in {} pages in a file of {length} bytes", ends.entries, ends.pages),
+            ));
+        }
+        ends.tail_at = at - tail;
+        Ok(ends)
+    }
+
+    fn tail_bytes(&self) -> u64 {
+        u64::from(self.packs) * 48 + u64::from(self.superseded) * 8 + u64::from(self.pages) * 8
+    }
+
+    /// Where the last filter ends. `pages` has 32 bits, so nothing here overflows.
+    fn pages_end(&self) -> u64 {
+        let full = self.entries / PARTITION_ENTRIES;
+        let rest = self.entries % PARTITION_ENTRIES;
+        let last = rest.div_ceil(PAGE_ENTRIES as u64) * PAGE as u64;
+        partition_at(full) + last + if rest > 0 { filter_bytes(rest) } else { 0 }
+    }
+
+    /// Where the tail is, and its bytes.
+    pub fn tail(&self) -> (u64, u64) {
+        (self.tail_at, self.tail_bytes())
+    }
+}
+
+fn partition_at(partition: u64) -> u64 {
+    HEADER as u64 + partition * (PARTITION_PAGES * PAGE as u64 + filter_bytes(PARTITION_ENTRIES))
+}
+
+/// All of a run but its pages and filters.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunHead {
+    /// Header and trailer.
+    pub ends: RunEnds,
     /// The packs it covers.
     pub packs: Vec<RunPack>,
     /// Runs that it replaces.
     pub superseded: Vec<u64>,
-    /// Number of the last record when it was written.
-    pub witnessed: u64,
     /// First 8 bytes of the first id of each page.
     pub fences: Vec<u64>,
-    /// Where the pages begin.
-    pub pages_at: u64,
 }
 
-/// First 8 bytes of an id, so that numbers sort as ids do.
-pub fn prefix(id: &ChunkId) -> u64 {
-    let mut first = [0u8; 8];
-    first.copy_from_slice(&id.0[..8]);
-    u64::from_be_bytes(first)
-}
-
-/// Check value of a page: bound to its run by the key, and to its place in it.
-fn page_check(key: &[u8; 32], index: u64, bytes: &[u8]) -> [u8; 16] {
-    let mut hasher = blake3::Hasher::new_keyed(key);
-    hasher.update(&index.to_le_bytes()).update(bytes);
-    let mut check = [0u8; 16];
-    check.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    check
-}
-
-/// A whole run under its key. `entries` must ascend.
-pub fn encode(
-    key: &[u8; 32],
-    pool: PoolId,
-    number: u64,
-    witnessed: u64,
-    packs: &[RunPack],
-    superseded: &[u64],
-    entries: &[RunEntry],
-) -> Vec<u8> {
-    let pages = entries.len().div_ceil(PAGE_ENTRIES);
-    let mut bytes = head(MAGIC);
-    bytes.extend_from_slice(&(packs.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&pool.0);
-    bytes.extend_from_slice(&number.to_le_bytes());
-    bytes.extend_from_slice(&(entries.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&(superseded.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(&(pages as u32).to_le_bytes());
-    bytes.extend_from_slice(&witnessed.to_le_bytes());
-    for pack in packs {
-        bytes.extend_from_slice(&pack.pack.0);
-        bytes.extend_from_slice(&pack.domain.0);
-        bytes.extend_from_slice(&(pack.kind as u16).to_le_bytes());
-        bytes.extend_from_slice(&[0; 6]);
-        bytes.extend_from_slice(&pack.length.to_le_bytes());
-    }
-    for number in superseded {
-        bytes.extend_from_slice(&number.to_le_bytes());
-    }
-    for page in entries.chunks(PAGE_ENTRIES) {
-        bytes.extend_from_slice(&prefix(&page[0].id).to_le_bytes());
-    }
-    let hash = blake3::keyed_hash(key, &bytes);
-    bytes.extend_from_slice(hash.as_bytes());
-    for (index, page) in entries.chunks(PAGE_ENTRIES).enumerate() {
-        let begin = bytes.len();
-        for entry in page {
-            bytes.extend_from_slice(&entry.id.0);
-            bytes.extend_from_slice(&entry.pack.to_le_bytes());
-            bytes.extend_from_slice(&entry.location.to_le_bytes());
+impl RunHead {
+    /// The tail in `bytes`.
+    pub fn decode(key: &[u8; 32], ends: RunEnds, bytes: &[u8]) -> Result<RunHead, FormatError> {
+        let mut hasher = blake3::Hasher::new_keyed(key);
+        hasher.update(&ends.raw_header).update(bytes);
+        if bytes.len() as u64 != ends.tail_bytes() || *hasher.finalize().as_bytes() != ends.tail_hash {
+            return Err(FormatError::at(ends.tail_at, "the run's tail does not fit its hash"));
         }
-        bytes.resize(begin + PAGE - 16, 0);
-        let check = page_check(key, index as u64, &bytes[begin..]);
-        bytes.extend_from_slice(&check);
+        let mut head = RunHead {
+            ends,
+            packs: Vec::with_capacity(ends.packs as usize),
+            superseded: Vec::with_capacity(ends.superseded as usize),
+            fences: Vec::with_capacity(ends.pages as usize),
+        };
+        let mut at = 0;
+        for _ in 0..ends.packs {
+            let kind = PackKind::of(u16_at(bytes, at + 32)?)
+                .ok_or_else(|| FormatError::at(ends.tail_at + at as u64, "unknown kind of pack"))?;
+            head.packs.push(RunPack {
+                pack: PackId(take(bytes, at)?),
+                domain: DomainId(take(bytes, at + 16)?),
+                kind,
+                length: u64_at(bytes, at + 40)?,
+            });
+            at += 48;
+        }
+        for _ in 0..ends.superseded {
+            head.superseded.push(u64_at(bytes, at)?);
+            at += 8;
+        }
+        for _ in 0..ends.pages {
+            head.fences.push(u64_at(bytes, at)?);
+            at += 8;
+        }
+        Ok(head)
     }
-    bytes
+
+    /// Pages.
+    pub fn pages(&self) -> u64 {
+        self.fences.len() as u64
+    }
+
+    /// Partitions.
+    pub fn partitions(&self) -> u64 {
+        self.pages().div_ceil(PARTITION_PAGES)
+    }
+
+    /// Where page `page` stands.
+    pub fn page_at(&self, page: u64) -> u64 {
+        partition_at(page / PARTITION_PAGES) + page % PARTITION_PAGES * PAGE as u64
+    }
+
+    /// Pages that stand one after another from page `from` on, at most `most`.
+    pub fn pages_together(&self, from: u64, most: u64) -> u64 {
+        let end = (from / PARTITION_PAGES + 1) * PARTITION_PAGES;
+        end.min(self.pages()).saturating_sub(from).min(most)
+    }
+
+    fn partition_keys(&self, partition: u64) -> u64 {
+        self.ends.entries.saturating_sub(partition * PARTITION_ENTRIES).min(PARTITION_ENTRIES)
+    }
+
+    /// Where the filter of a partition stands, and its bytes, check included.
+    pub fn filter_at(&self, partition: u64) -> (u64, u64) {
+        let keys = self.partition_keys(partition);
+        let pages = keys.div_ceil(PAGE_ENTRIES as u64);
+        (partition_at(partition) + pages * PAGE as u64, filter_bytes(keys))
+    }
+
+    /// The filter of a partition.
+    pub fn decode_filter(&self, key: &[u8; 32], partition: u64, bytes: &[u8]) -> Result<Filter, FormatError> {
+        let (at, length) = self.filter_at(partition);
+        let (content, check) = bytes.split_at_checked(bytes.len().saturating_sub(16)).unwrap_or_default();
+        if bytes.len() as u64 != length || filter_check(key, partition, content) != *check {
+            return Err(FormatError::at(at, "the filter does not fit its hash"));
+        }
+        let (blocks, _) = content.as_chunks::<32>();
+        let block = |bytes: &[u8; 32]| {
+            let mut words = [0u32; 8];
+            let (parts, _) = bytes.as_chunks::<4>();
+            words.iter_mut().zip(parts).for_each(|(word, part)| *word = u32::from_le_bytes(*part));
+            words
+        };
+        Ok(Filter { blocks: blocks.iter().map(block).collect() })
+    }
+
+    /// Page `page` in `bytes`, checked.
+    pub fn decode_page<'b>(
+        &self,
+        key: &[u8; 32],
+        page: u64,
+        bytes: &'b [u8; PAGE],
+    ) -> Result<Page<'b>, FormatError> {
+        let wrong = |reason| FormatError::at(self.page_at(page), reason);
+        if short(blake3::keyed_hash(key, &bytes[..CHECKED])) != bytes[CHECKED..] {
+            return Err(wrong("the page does not fit its hash"));
+        }
+        if u64_at(bytes, PAGE_ENTRIES * ENTRY)? != page {
+            return Err(wrong("the page is another one of this run"));
+        }
+        let present = self.ends.entries.saturating_sub(page * PAGE_ENTRIES as u64);
+        Ok(Page { bytes, present: present.min(PAGE_ENTRIES as u64) as usize })
+    }
 }
 
-/// How many bytes the head has, from its first 64.
-pub fn head_length(bytes: &[u8]) -> Result<u64, FormatError> {
-    check_head(bytes, MAGIC)?;
-    let (packs, superseded, pages) = (u32_at(bytes, 12)?, u32_at(bytes, 48)?, u32_at(bytes, 52)?);
-    let length = FIXED as u64 + u64::from(packs) * 48 + u64::from(superseded) * 8 + u64::from(pages) * 8 + 32;
-    if length > MAX_HEAD {
-        return Err(FormatError::at(12, format!("a head of {length} bytes, at most {MAX_HEAD} are read")));
-    }
-    Ok(length)
+/// A checked page.
+pub struct Page<'b> {
+    bytes: &'b [u8; PAGE],
+    present: usize,
 }
 
-/// The head in `bytes`, which has exactly [`head_length`] bytes, of a file of `length` bytes.
-pub fn decode_head(key: &[u8; 32], bytes: &[u8], length: u64) -> Result<RunHead, FormatError> {
-    let expected = head_length(bytes)?;
-    if bytes.len() as u64 != expected {
-        return Err(FormatError::at(12, "the run is shorter than its head"));
+impl Page<'_> {
+    /// Entries.
+    pub fn len(&self) -> usize {
+        self.present
     }
-    let end = bytes.len() - 32;
-    if blake3::keyed_hash(key, &bytes[..end]) != take::<32>(bytes, end)? {
-        return Err(FormatError::at(0, "the run's head does not match its hash"));
-    }
-    let (packs, superseded, pages) = (u32_at(bytes, 12)?, u32_at(bytes, 48)?, u32_at(bytes, 52)?);
-    let entries = u64_at(bytes, 40)?;
-    if u64::from(pages) != entries.div_ceil(PAGE_ENTRIES as u64)
-        || length != expected + u64::from(pages) * PAGE as u64
-    {
-        return Err(FormatError::at(
-            40,
-            format!("{entries} entries in {pages} pages in a file of {length} bytes"),
-        ));
-    }
-    let mut head = RunHead {
-        pool: PoolId(take(bytes, 16)?),
-        number: u64_at(bytes, 32)?,
-        entries,
-        packs: Vec::with_capacity(packs as usize),
-        superseded: Vec::with_capacity(superseded as usize),
-        witnessed: u64_at(bytes, 56)?,
-        fences: Vec::with_capacity(pages as usize),
-        pages_at: expected,
-    };
-    let mut at = FIXED;
-    for _ in 0..packs {
-        let kind = PackKind::of(u16_at(bytes, at + 32)?)
-            .ok_or_else(|| FormatError::at(at as u64, "unknown kind of pack"))?;
-        head.packs.push(RunPack {
-            pack: PackId(take(bytes, at)?),
-            domain: DomainId(take(bytes, at + 16)?),
-            kind,
-            length: u64_at(bytes, at + 40)?,
-        });
-        at += 48;
-    }
-    for _ in 0..superseded {
-        head.superseded.push(u64_at(bytes, at)?);
-        at += 8;
-    }
-    for _ in 0..pages {
-        head.fences.push(u64_at(bytes, at)?);
-        at += 8;
-    }
-    Ok(head)
-}
 
-/// The entries of page `index`.
-pub fn decode_page(
-    key: &[u8; 32],
-    head: &RunHead,
-    index: u64,
-    bytes: &[u8; PAGE],
-) -> Result<Vec<RunEntry>, FormatError> {
-    let at = head.pages_at + index * PAGE as u64;
-    if bytes[PAGE - 16..] != page_check(key, index, &bytes[..PAGE - 16]) {
-        return Err(FormatError::at(at, "the page does not match its hash"));
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.present == 0
     }
-    let present = (head.entries - index * PAGE_ENTRIES as u64).min(PAGE_ENTRIES as u64) as usize;
-    (0..present)
-        .map(|entry| {
-            let at = entry * 24;
-            let found = RunEntry {
-                id: ChunkId(take(bytes, at)?),
-                pack: u32_at(bytes, at + 16)?,
-                location: u32_at(bytes, at + 20)?,
-            };
-            if found.pack as usize >= head.packs.len() {
-                return Err(FormatError::at(at as u64, "an entry names a pack outside the run's list"));
-            }
-            Ok(found)
+
+    /// Entry `at`.
+    pub fn entry(&self, at: usize) -> Option<RunEntry> {
+        if at >= self.present {
+            return None;
+        }
+        let raw = self.bytes.get(at * ENTRY..)?.first_chunk::<ENTRY>()?;
+        Some(RunEntry {
+            id: ChunkId(*raw.first_chunk()?),
+            pack: u32::from_le_bytes([raw[16], raw[17], raw[18], 0]),
+            location: u32::from_le_bytes([raw[19], raw[20], raw[21], 0]),
         })
-        .collect()
+    }
+
+    /// Position of the first entry whose id is not below `id`.
+    pub fn position(&self, id: &ChunkId) -> usize {
+        let (mut from, mut to) = (0, self.present);
+        while from < to {
+            let middle = from.midpoint(to);
+            let is_below =
+                self.bytes.get(middle * ENTRY..middle * ENTRY + 16).is_some_and(|at| *at < id.0[..]);
+            if is_below { from = middle + 1 } else { to = middle }
+        }
+        from
+    }
+}
+
+/// A run being written, as bytes for the end of a file: [`RunWriter::push`] entries in order, [`RunWriter::take`] what
+/// is ready now and then, and [`RunWriter::finish`].
+pub struct RunWriter {
+    key: [u8; 32],
+    header: [u8; HEADER],
+    ready: Vec<u8>,
+    page: Vec<u8>,
+    entries: u64,
+    fences: Vec<u64>,
+    keys: Vec<u64>,
+}
+
+impl RunWriter {
+    /// Begins run `number`.
+    pub fn new(key: [u8; 32], pool: PoolId, number: u64) -> RunWriter {
+        let mut header = [0u8; HEADER];
+        header[..12].copy_from_slice(&head(MAGIC));
+        header[16..32].copy_from_slice(&pool.0);
+        header[32..40].copy_from_slice(&number.to_le_bytes());
+        RunWriter {
+            key,
+            header,
+            ready: header.to_vec(),
+            page: Vec::with_capacity(PAGE),
+            entries: 0,
+            fences: Vec::new(),
+            keys: Vec::new(),
+        }
+    }
+
+    /// Adds an entry; they ascend. False if it does not fit the format.
+    #[must_use]
+    pub fn push(&mut self, entry: &RunEntry) -> bool {
+        if entry.pack as usize >= MAX_PACKS || entry.location >= LOCATION_END {
+            return false;
+        }
+        if self.page.is_empty() {
+            self.fences.push(prefix(&entry.id));
+        }
+        self.page.extend_from_slice(&entry.id.0);
+        self.page.extend_from_slice(&entry.pack.to_le_bytes()[..3]);
+        self.page.extend_from_slice(&entry.location.to_le_bytes()[..3]);
+        self.keys.push(filter_key(&entry.id));
+        self.entries += 1;
+        if self.page.len() == PAGE_ENTRIES * ENTRY {
+            self.end_page();
+            if self.entries.is_multiple_of(PARTITION_ENTRIES) {
+                self.end_partition();
+            }
+        }
+        true
+    }
+
+    fn end_page(&mut self) {
+        if self.page.is_empty() {
+            return;
+        }
+        let number = self.fences.len() as u64 - 1;
+        self.page.resize(PAGE_ENTRIES * ENTRY, 0);
+        self.page.extend_from_slice(&number.to_le_bytes());
+        self.page.resize(CHECKED, 0);
+        let check = short(blake3::keyed_hash(&self.key, &self.page));
+        self.ready.extend_from_slice(&self.page);
+        self.ready.extend_from_slice(&check);
+        self.page.clear();
+    }
+
+    fn end_partition(&mut self) {
+        if self.keys.is_empty() {
+            return;
+        }
+        let partition = (self.fences.len() as u64 - 1) / PARTITION_PAGES;
+        let begin = self.ready.len();
+        for block in &Filter::of(&self.keys).blocks {
+            block.iter().for_each(|word| self.ready.extend_from_slice(&word.to_le_bytes()));
+        }
+        let check = filter_check(&self.key, partition, &self.ready[begin..]);
+        self.ready.extend_from_slice(&check);
+        self.keys.clear();
+    }
+
+    /// Bytes that can be taken.
+    pub fn ready(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Gives the bytes so far to `write` and forgets them.
+    pub fn take<E>(&mut self, write: impl FnOnce(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        let written = write(&self.ready);
+        self.ready.clear();
+        written
+    }
+
+    /// Ends the run; the last bytes are ready then. `witnessed` is the number of the last record.
+    pub fn finish(&mut self, packs: &[RunPack], superseded: &[u64], witnessed: u64) {
+        self.end_page();
+        self.end_partition();
+        let begin = self.ready.len();
+        for pack in packs {
+            self.ready.extend_from_slice(&pack.pack.0);
+            self.ready.extend_from_slice(&pack.domain.0);
+            self.ready.extend_from_slice(&(pack.kind as u16).to_le_bytes());
+            self.ready.extend_from_slice(&[0; 6]);
+            self.ready.extend_from_slice(&pack.length.to_le_bytes());
+        }
+        superseded.iter().for_each(|number| self.ready.extend_from_slice(&number.to_le_bytes()));
+        self.fences.iter().for_each(|fence| self.ready.extend_from_slice(&fence.to_le_bytes()));
+        let mut hasher = blake3::Hasher::new_keyed(&self.key);
+        hasher.update(&self.header).update(&self.ready[begin..]);
+        let tail_hash = hasher.finalize();
+        let mut trailer = [0u8; TRAILER];
+        trailer[..8].copy_from_slice(END);
+        trailer[8..16].copy_from_slice(&self.entries.to_le_bytes());
+        trailer[16..20].copy_from_slice(&(packs.len() as u32).to_le_bytes());
+        trailer[20..24].copy_from_slice(&(superseded.len() as u32).to_le_bytes());
+        trailer[24..28].copy_from_slice(&(self.fences.len() as u32).to_le_bytes());
+        trailer[28..36].copy_from_slice(&witnessed.to_le_bytes());
+        trailer[48..80].copy_from_slice(tail_hash.as_bytes());
+        let mut hasher = blake3::Hasher::new_keyed(&self.key);
+        hasher.update(&self.header).update(&trailer[..80]);
+        trailer[80..].copy_from_slice(&short(hasher.finalize()));
+        self.ready.extend_from_slice(&trailer);
+    }
 }
 
 /// Name of run `number` in the pool's folder.

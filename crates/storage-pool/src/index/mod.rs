@@ -1,22 +1,47 @@
 //! Which pack holds a chunk: runs on disk (section 7) and what is newer than they.
+//!
+//! Runs stand in tiers: one is written of what is loose, and [`FAN`] of about the same size are merged into one, as a
+//! stream and outside of the index's lock. What grows with the pool's chunks stays on disk, but for the fences (8 bytes
+//! for 185 chunks) and the filters (12 bits a chunk, each read at the first look into its partition).
+//!
+//! Everything here can be made again from packs. A damaged run is given up and its packs are read; a damaged filter is
+//! made again of its pages.
+
+mod build;
+mod run_file;
+mod tables;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use environment::{Files, ReadFile};
+use environment::Files;
 use model::DomainId;
 
 use crate::chunk::{ChunkId, Location, PackId};
 use crate::error::{Damage, PoolError};
-use crate::format::FormatError;
 use crate::format::pack::{self, PackKind};
-use crate::format::run::{self, PAGE, RunEntry, RunHead, RunPack};
+use crate::format::run::{self, RunEntry, RunPack};
 use crate::keys::Keys;
-use crate::packs::{self, FinishedPack};
-use crate::sequence::{self, Unpublished};
+use crate::packs;
 
-/// More runs than this are merged into one by the next writer.
-pub const MAX_RUNS: usize = 12;
+pub use crate::packs::{FinishedPack, read_table};
+use build::Naming;
+pub use build::{Build, Built};
+use run_file::{Ends, Run};
+pub use tables::Tables;
+
+/// So many runs of a tier are merged into one of the next.
+pub const FAN: usize = 4;
+/// A run of fewer entries is written anew as soon as a pack of it goes; a larger one when an eighth of its packs did.
+const SMALL: u64 = 1 << 20;
+
+/// Tier of a run: all below 2^18 entries are in the lowest, and each has four times the entries of the one before.
+fn tier(entries: u64) -> u32 {
+    (entries >> 16).checked_ilog2().unwrap_or(0) / 2
+}
 
 /// A pack that the index knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,86 +56,15 @@ pub struct PackInfo {
     pub present: bool,
 }
 
-struct Run {
-    head: RunHead,
-    key: [u8; 32],
-    file: Box<dyn ReadFile>,
-    path: String,
-}
-
-impl Run {
-    fn open(files: &dyn Files, keys: &Keys, number: u64) -> Result<Run, PoolError> {
-        let key = keys.run(number);
-        let name = run::name(number);
-        let path = files.display(&name);
-        let io = |source| PoolError::io(path.clone(), "read", source);
-        let format = |error: FormatError| error.in_file(path.clone());
-        let file = files.open(&name).map_err(io)?;
-        let length = file.len().map_err(io)?;
-        let mut fixed = [0u8; 64];
-        if length < 96 {
-            return Err(format(FormatError::at(length, "the run is cut off")));
-        }
-        file.read_exact_at(0, &mut fixed).map_err(io)?;
-        let head_length = run::head_length(&fixed).map_err(format)?;
-        if head_length > length {
-            return Err(format(FormatError::at(12, "the run is shorter than its head")));
-        }
-        let mut bytes = vec![0u8; head_length as usize];
-        file.read_exact_at(0, &mut bytes).map_err(io)?;
-        let head = run::decode_head(&key, &bytes, length).map_err(format)?;
-        if head.pool != keys.pool() || head.number != number {
-            return Err(format(FormatError::at(16, format!("is run {} of pool {}", head.number, head.pool))));
-        }
-        Ok(Run { head, key, file, path })
-    }
-
-    fn page(&self, index: u64) -> Result<Vec<RunEntry>, PoolError> {
-        let mut bytes = [0u8; PAGE];
-        let at = self.head.pages_at + index * PAGE as u64;
-        self.file
-            .read_exact_at(at, &mut bytes)
-            .map_err(|source| PoolError::io(self.path.clone(), "read", source))?;
-        run::decode_page(&self.key, &self.head, index, &bytes)
-            .map_err(|error| error.in_file(self.path.clone()))
-    }
-
-    fn find(&self, id: &ChunkId, found: &mut Vec<Location>) -> Result<(), PoolError> {
-        let prefix = run::prefix(id);
-        // The id may begin in the page before the first fence that is not below it, and fill several pages.
-        let mut page = self.head.fences.partition_point(|&fence| fence < prefix).saturating_sub(1);
-        while page < self.head.fences.len() && self.head.fences[page] <= prefix {
-            let entries = self.page(page as u64)?;
-            let from = entries.partition_point(|entry| entry.id < *id);
-            for entry in entries[from..].iter().take_while(|entry| entry.id == *id) {
-                if let Some(pack) = self.head.packs.get(entry.pack as usize) {
-                    found.push(Location { pack: pack.pack, at: entry.location });
-                }
-            }
-            page += 1;
-        }
-        Ok(())
-    }
-
-    fn for_each(&self, mut each: impl FnMut(ChunkId, Location)) -> Result<(), PoolError> {
-        for page in 0..self.head.fences.len() as u64 {
-            for entry in self.page(page)? {
-                if let Some(pack) = self.head.packs.get(entry.pack as usize) {
-                    each(entry.id, Location { pack: pack.pack, at: entry.location });
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
 /// The index of a pool.
 pub struct Index {
     files: Arc<dyn Files>,
     keys: Keys,
     runs: Vec<Arc<Run>>,
-    next_number: u64,
-    loose: HashMap<ChunkId, Vec<Location>>,
+    next_number: Arc<AtomicU64>,
+    loose: HashMap<ChunkId, Location>,
+    /// Further places of loose chunks that have several.
+    loose_copies: HashMap<ChunkId, Vec<Location>>,
     loose_packs: BTreeSet<PackId>,
     packs: HashMap<PackId, PackInfo>,
     superseded: BTreeSet<u64>,
@@ -123,6 +77,8 @@ pub struct Index {
     /// Highest record that a readable run knew of.
     witnessed: u64,
     damage: Vec<Damage>,
+    /// Why nothing could be opened: the path and the reason.
+    closed: Option<(String, String)>,
 }
 
 impl Index {
@@ -140,21 +96,7 @@ impl Index {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             Err(source) => Err(PoolError::io(files.display(folder), "list", source)),
         };
-        let mut index = Index {
-            files: files.clone(),
-            keys: keys.clone(),
-            runs: Vec::new(),
-            next_number: 1,
-            loose: HashMap::new(),
-            loose_packs: BTreeSet::new(),
-            packs: HashMap::new(),
-            superseded: BTreeSet::new(),
-            damaged_runs: BTreeSet::new(),
-            leftovers: BTreeSet::new(),
-            unlisted: BTreeSet::new(),
-            witnessed: 0,
-            damage: Vec::new(),
-        };
+        let mut index = Index::empty(files.clone(), keys);
         // Runs before packs: a run names only packs that were there before it.
         let mut runs = Vec::new();
         let mut unreadable = Vec::new();
@@ -162,8 +104,8 @@ impl Index {
             let Some(number) = run::number(&entry.name) else { continue };
             match Run::open(&*files, keys, number) {
                 Ok(run) => {
-                    index.next_number = index.next_number.max(number.saturating_add(1));
-                    index.witnessed = index.witnessed.max(run.head.witnessed);
+                    index.next_number.fetch_max(number.saturating_add(1), Ordering::SeqCst);
+                    index.witnessed = index.witnessed.max(run.head.ends.witnessed);
                     index.superseded.extend(&run.head.superseded);
                     runs.push(run);
                 }
@@ -185,7 +127,7 @@ impl Index {
             });
         }
         for run in runs {
-            if index.superseded.contains(&run.head.number) {
+            if index.superseded.contains(&run.number()) {
                 continue;
             }
             for pack in run.head.packs.iter().filter(|pack| !gone(pack.pack)) {
@@ -253,6 +195,47 @@ impl Index {
         Ok(index)
     }
 
+    fn empty(files: Arc<dyn Files>, keys: &Keys) -> Index {
+        Index {
+            files,
+            keys: keys.clone(),
+            runs: Vec::new(),
+            next_number: Arc::new(AtomicU64::new(1)),
+            loose: HashMap::new(),
+            loose_copies: HashMap::new(),
+            loose_packs: BTreeSet::new(),
+            packs: HashMap::new(),
+            superseded: BTreeSet::new(),
+            damaged_runs: BTreeSet::new(),
+            leftovers: BTreeSet::new(),
+            unlisted: BTreeSet::new(),
+            witnessed: 0,
+            damage: Vec::new(),
+            closed: None,
+        }
+    }
+
+    /// The index of a reader that could not open it: whatever is asked of it fails with `error`.
+    pub fn closed(files: Arc<dyn Files>, keys: &Keys, error: PoolError) -> Index {
+        let path = files.display("index");
+        let reason = error.to_string();
+        let mut index = Index::empty(files, keys);
+        index.damage.push(Damage::File {
+            path: path.clone(),
+            offset: 0,
+            reason: format!("cannot be opened: {reason}"),
+            derived: false,
+        });
+        index.closed = Some((path, reason));
+        index
+    }
+
+    fn is_open(&self) -> Result<(), PoolError> {
+        let Some((path, reason)) = &self.closed else { return Ok(()) };
+        let source = std::io::Error::other(reason.clone());
+        Err(PoolError::Io { path: path.clone(), action: "open", source })
+    }
+
     /// Damage noted while opening.
     pub fn damage(&self) -> &[Damage] {
         &self.damage
@@ -311,10 +294,7 @@ impl Index {
     }
 
     fn reads_again(&self, path: &str) -> bool {
-        self.runs
-            .iter()
-            .find(|run| run.path == path)
-            .is_some_and(|run| (0..run.head.fences.len() as u64).all(|page| run.page(page).is_ok()))
+        self.runs.iter().find(|run| run.path == path).is_some_and(|run| run.examine().is_empty())
     }
 
     /// Damaged runs that the next run may replace: all, unless there are packs of which only such a run tells what they
@@ -335,11 +315,11 @@ impl Index {
     pub fn discard(&mut self, path: &str) -> bool {
         let Some(position) = self.runs.iter().position(|run| run.path == path) else { return false };
         let run = self.runs.remove(position);
-        self.damaged_runs.insert(run.head.number);
+        self.damaged_runs.insert(run.number());
         self.damage.push(Damage::File {
             path: path.to_owned(),
-            offset: run.head.pages_at,
-            reason: "a page cannot be read or does not match its hash".to_owned(),
+            offset: run::HEADER as u64,
+            reason: "a page or filter cannot be read or does not match its hash".to_owned(),
             derived: true,
         });
         for pack in &run.head.packs {
@@ -383,20 +363,36 @@ impl Index {
         self.unlisted.remove(&id);
         for entry in &pack.table {
             let place = Location { pack: id, at: entry.location };
-            let places = self.loose.entry(entry.id).or_default();
-            if !places.contains(&place) {
-                places.push(place);
+            let first = *self.loose.entry(entry.id).or_insert(place);
+            if first != place {
+                let copies = self.loose_copies.entry(entry.id).or_default();
+                if !copies.contains(&place) {
+                    copies.push(place);
+                }
             }
         }
+    }
+
+    fn loose_places(&self) -> impl Iterator<Item = (ChunkId, Location)> {
+        let copies =
+            self.loose_copies.iter().flat_map(|(id, places)| places.iter().map(|place| (*id, *place)));
+        self.loose.iter().map(|(id, place)| (*id, *place)).chain(copies)
     }
 
     /// Every place where a chunk is said to be, newest first. A damaged page of a run is an error: the caller cannot
     /// know what it said.
     pub fn find(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
-        let mut found = self.loose.get(id).cloned().unwrap_or_default();
-        found.reverse();
+        self.is_open()?;
+        let mut found = Vec::new();
+        if let Some(first) = self.loose.get(id) {
+            found.extend(self.loose_copies.get(id).into_iter().flatten().rev());
+            found.push(*first);
+        }
         for run in self.runs.iter().rev() {
+            // A run names its packs in the order in which they came.
+            let before = found.len();
             run.find(id, &mut found)?;
+            found[before..].reverse();
         }
         found.retain(|location| self.packs.get(&location.pack).is_some_and(|info| info.present));
         Ok(found)
@@ -404,129 +400,143 @@ impl Index {
 
     /// Every chunk in every place.
     pub fn for_each(&self, mut each: impl FnMut(ChunkId, Location)) -> Result<(), PoolError> {
+        self.is_open()?;
         for run in &self.runs {
             run.for_each(&mut each)?;
         }
-        for (id, places) in &self.loose {
-            places.iter().for_each(|place| each(*id, *place));
-        }
+        self.loose_places().for_each(|(id, place)| each(id, place));
         Ok(())
     }
 
-    /// Reads every page of every run; damage as [`Damage::File`].
+    /// Reads every page and filter of every run; damage as [`Damage::File`].
     pub fn examine(&self) -> Vec<Damage> {
-        let mut damage = Vec::new();
-        for run in &self.runs {
-            for page in 0..run.head.fences.len() as u64 {
-                if let Err(error) = run.page(page) {
-                    damage.push(Damage::File {
-                        path: run.path.clone(),
-                        offset: run.head.pages_at + page * PAGE as u64,
-                        reason: error.to_string(),
-                        derived: true,
-                    });
-                }
-            }
-        }
-        damage
+        self.runs.iter().flat_map(|run| run.examine()).collect()
     }
 
-    /// Writes loose packs into a run; where too many runs stand, all of them into one. Durable when it returns.
-    /// `head` is the last record, which must be durable.
+    /// A run of `runs` and of what is loose. Packs that the index does not know, and those that `keep` does not keep,
+    /// are left out; missing ones stay named, so that it stays known that they are.
+    fn build(&self, head: u64, runs: &[Arc<Run>], with_loose: bool, keep: &dyn Fn(PackId) -> bool) -> Build {
+        let mut naming = Naming::default();
+        let runs = runs
+            .iter()
+            .map(|run| (run.clone(), naming.add_run(run, |id| self.packs.contains_key(&id) && keep(id))))
+            .collect();
+        let mut loose: Vec<RunEntry> = Vec::new();
+        if with_loose {
+            for id in self.loose_packs.iter().filter(|id| keep(**id)) {
+                let Some(info) = self.packs.get(id) else { continue };
+                let pack = RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length };
+                naming.add(pack);
+            }
+            loose = self.loose_places().filter_map(|(id, place)| naming.entry(id, place)).collect();
+            loose.sort_unstable();
+        }
+        Build {
+            files: self.files.clone(),
+            keys: self.keys.clone(),
+            next_number: self.next_number.clone(),
+            head,
+            packs: naming.packs,
+            runs,
+            loose,
+            superseded: Vec::new(),
+        }
+    }
+
+    /// Takes a written run into use instead of those that it replaces.
+    pub fn install(&mut self, built: Built) {
+        let is_replaced = |run: &Arc<Run>| built.superseded.contains(&run.number());
+        // What was flushed while it was written is newer.
+        let newer = self.runs.iter().rev().take_while(|run| run.number() > built.run.number()).count();
+        self.runs.retain(|run| !is_replaced(run));
+        let at = self.runs.len().saturating_sub(newer);
+        self.replaced(&built.superseded);
+        self.runs.insert(at, built.run);
+    }
+
+    fn clear_loose(&mut self) {
+        self.loose = HashMap::new();
+        self.loose_copies = HashMap::new();
+        self.loose_packs.clear();
+    }
+
+    /// Writes loose packs into a run. Durable when it returns. `head` is the last record, which must be durable.
     pub fn flush(&mut self, head: u64) -> Result<(), PoolError> {
-        let replaced = self.replaceable();
-        if self.loose_packs.is_empty() && replaced.is_empty() {
+        let superseded = self.replaceable();
+        if self.loose_packs.is_empty() && superseded.is_empty() {
             return Ok(());
         }
-        if self.runs.len() >= MAX_RUNS {
-            return self.rewrite(head, &|_| true);
-        }
-        let packs: Vec<PackId> = self.loose_packs.iter().copied().collect();
-        let entries = self.loose.iter().flat_map(|(id, places)| places.iter().map(|place| (*id, *place)));
-        let entries = entries.collect();
-        let run = self.write(head, &packs, entries, &replaced)?;
-        self.runs.push(Arc::new(run));
-        self.loose.clear();
-        self.loose_packs.clear();
-        self.replaced(&replaced);
+        let built = Build { superseded, ..self.build(head, &[], true, &|_| true) }.write()?;
+        self.install(built);
+        self.clear_loose();
         Ok(())
     }
 
-    /// Writes one run of all packs that `keep` keeps, superseding every other. Packs that are missing stay named, so
-    /// that it stays known that they are.
+    /// The merge that is due, if any: [`FAN`] runs of one tier into one. It is written without the index, and then
+    /// installed.
+    pub fn due_merge(&self, head: u64) -> Option<Build> {
+        let mut tiers: HashMap<u32, Vec<Arc<Run>>> = HashMap::new();
+        for run in &self.runs {
+            tiers.entry(tier(run.head.ends.entries)).or_default().push(run.clone());
+        }
+        let (_, runs) =
+            tiers.into_iter().filter(|(_, runs)| runs.len() >= FAN).min_by_key(|(tier, _)| *tier)?;
+        let superseded = runs.iter().map(|run| run.number()).collect();
+        Some(Build { superseded, ..self.build(head, &runs, false, &|_| true) })
+    }
+
+    /// Forgets every pack that `keep` does not keep, and writes the runs that name them, and what is loose, into one
+    /// without them. A large run stays as it is until an eighth of its packs went: what it says of them is not used.
     pub fn rewrite(&mut self, head: u64, keep: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
-        let (kept, entries) = loop {
-            let kept: BTreeSet<PackId> = self.packs.keys().copied().filter(|id| keep(*id)).collect();
-            let mut entries = Vec::new();
-            let read = self.for_each(|id, place| {
-                if kept.contains(&place.pack) {
-                    entries.push((id, place));
-                }
-            });
-            // A run that cannot be read is not merged: its packs are read anew.
-            match read {
-                Ok(()) => break (kept, entries),
+        let built = loop {
+            let stays = |id: PackId| self.packs.contains_key(&id) && keep(id);
+            let is_touched = |run: &&Arc<Run>| {
+                let packs = run.head.packs.len();
+                let gone = run.head.packs.iter().filter(|pack| !stays(pack.pack)).count();
+                gone > 0 && (run.head.ends.entries < SMALL || gone * 8 >= packs)
+            };
+            let touched: Vec<Arc<Run>> = self.runs.iter().filter(is_touched).cloned().collect();
+            let superseded: Vec<u64> =
+                touched.iter().map(|run| run.number()).chain(self.replaceable()).collect();
+            if superseded.is_empty() && self.loose_packs.is_empty() {
+                break None;
+            }
+            match (Build { superseded, ..self.build(head, &touched, true, keep) }).write() {
+                Ok(built) => break Some(built),
+                // A run that cannot be read is not merged: its packs are read anew.
                 Err(error) => self.heal(error)?,
             }
         };
-        let superseded: Vec<u64> =
-            self.runs.iter().map(|run| run.head.number).chain(self.replaceable()).collect();
-        let listed: Vec<PackId> = kept.iter().copied().collect();
-        let run = self.write(head, &listed, entries, &superseded)?;
-        self.replaced(&superseded);
-        self.runs = vec![Arc::new(run)];
-        self.loose.clear();
-        self.loose_packs.clear();
-        self.packs.retain(|id, _| kept.contains(id));
+        if let Some(built) = built {
+            self.install(built);
+            self.clear_loose();
+        }
+        self.packs.retain(|id, _| keep(*id));
         Ok(())
     }
 
-    fn write(
-        &mut self,
-        head: u64,
-        packs: &[PackId],
-        places: Vec<(ChunkId, Location)>,
-        superseded: &[u64],
-    ) -> Result<Run, PoolError> {
-        let positions: HashMap<PackId, u32> =
-            packs.iter().zip(0u32..).map(|(id, position)| (*id, position)).collect();
-        let mut entries: Vec<RunEntry> = places
-            .into_iter()
-            .filter_map(|(id, place)| {
-                Some(RunEntry { id, pack: *positions.get(&place.pack)?, location: place.at })
-            })
-            .collect();
-        entries.sort_unstable();
-        entries.dedup();
-        let listed: Vec<RunPack> = packs
-            .iter()
-            .filter_map(|id| {
-                let info = self.packs.get(id)?;
-                Some(RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length })
-            })
-            .collect();
-        loop {
-            let number = self.next_number;
-            let name = run::name(number);
-            let path = self.files.display(&name);
-            let next = number.checked_add(1).ok_or_else(|| PoolError::Exists { path: path.clone() })?;
-            let bytes = run::encode(
-                &self.keys.run(number),
-                self.keys.pool(),
-                number,
-                head,
-                &listed,
-                superseded,
-                &entries,
-            );
-            self.next_number = next;
-            match sequence::publish(&*self.files, &name, &bytes) {
-                Ok(()) => return Run::open(&*self.files, &self.keys, number),
-                // A file that is no readable run stands there.
-                Err(Unpublished::Taken) => {}
-                Err(failed) => return Err(failed.into_error(path)),
-            }
-        }
+    /// Bytes that the index keeps in memory now, hash tables by their capacity.
+    pub fn resident(&self) -> usize {
+        let loose = self.loose.capacity() * (size_of::<(ChunkId, Location)>() + 1);
+        let packs = self.packs.capacity() * (size_of::<(PackId, PackInfo)>() + 1);
+        loose + packs + self.runs.iter().map(|run| run.resident()).sum::<usize>()
+    }
+
+    /// How many runs stand, and their entries.
+    pub fn size(&self) -> (usize, u64) {
+        (self.runs.len(), self.runs.iter().map(|run| run.head.ends.entries).sum())
+    }
+
+    /// What [`Index::witnessed`] says, of the ends of the runs alone.
+    pub fn witnessed_by_ends(files: &dyn Files, keys: &Keys) -> Result<u64, PoolError> {
+        let entries = match files.list("index") {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
+        };
+        let numbers = entries.iter().filter_map(|entry| run::number(&entry.name));
+        let ends = numbers.filter_map(|number| Ends::read(files, keys, number).ok());
+        Ok(ends.map(|ends| ends.ends.witnessed).max().unwrap_or(0))
     }
 
     /// Numbers of runs that others replaced and whose files may still be there, and of damaged runs whose packs
