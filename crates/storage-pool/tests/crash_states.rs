@@ -347,3 +347,37 @@ fn every_call_fails_once() {
         }
     }
 }
+
+/// The fourth run of a tier: it is written, and the four become one.
+#[test]
+fn merge_of_runs() {
+    let mut prepared = prepare();
+    let pool = prepared.rig.writer(1).unwrap();
+    let third = order(3, Some(2), &[(2, 7)]);
+    store(&pool, &third).unwrap();
+    drop(pool);
+    prepared.snapshot = prepared.rig.files.snapshot();
+    let runs = |snapshot: &Snapshot| snapshot.files().filter(|(name, _)| name.ends_with(".run")).count();
+    assert_eq!(runs(&prepared.snapshot), 3);
+    let mut content = prepared.ledger[&id(2)].clone();
+    content.extend(&third.changes);
+    prepared.ledger.insert(id(3), content.clone());
+    let fourth = order(4, Some(3), &[(0, 8), (3, 9)]);
+    content.extend(&fourth.changes);
+    prepared.doubtful.insert(id(4), content);
+    let states = every_crash(
+        &prepared,
+        &|rig| {
+            match store(&rig.writer(1)?, &fourth) {
+                // Done again after a crash that left it there.
+                Err(PoolError::Misuse(reason)) if reason.contains("exists") => {}
+                other => other?,
+            }
+            // The new run and the one of all four.
+            assert!(runs(&rig.files.snapshot()) >= 5);
+            Ok(())
+        },
+        &|pool| pool.point(id(4)).is_ok(),
+    );
+    assert!(states > 100, "{states}");
+}
