@@ -393,3 +393,21 @@ fn a_typo_never_becomes_a_pool() {
     assert!(matches!(Pool::open(world, &bench.server, Access::Read), Err(PoolError::NoPool { .. })));
     assert_eq!(empty.snapshot().files().count(), 0);
 }
+
+/// A reader that only asks for points reads no run but its ends, and no pack; a chunk opens the index.
+#[test]
+fn a_list_of_points_does_not_open_the_index() {
+    let bench = Bench::new(21);
+    let pool = bench.writer().unwrap();
+    let content: BTreeMap<u64, u64> = (0..40).map(|n| (n, n + 1)).collect();
+    let a = put(&pool, 1, None, SIZE, &content).unwrap();
+    drop(pool);
+    let snapshot = bench.files.snapshot();
+    let names: Vec<&str> =
+        snapshot.files().map(|(name, _)| name).filter(|name| name.starts_with("packs/")).collect();
+    let pool = bench.reader().unwrap();
+    assert!(pool.point(a).is_ok());
+    // What goes missing now is told when the index is opened, not before.
+    names.iter().for_each(|name| bench.files.delete(name).unwrap());
+    assert_eq!(pool.notes().len(), names.len());
+}
