@@ -390,6 +390,17 @@ impl Ingest {
         Ok(ids)
     }
 
+    /// Stores blocks that the pool holds once more, in a frame of their own, for the sake of where they lie. `content` is
+    /// the blocks of `ids`, proved to be them.
+    pub(crate) fn put_again(&self, content: &[u8], ids: &[ChunkId]) -> Result<(), PoolError> {
+        if ids.is_empty() || ids.len() > pack::MAX_CHUNKS || content.len() != ids.len() * BLOCK {
+            return Err(PoolError::Misuse(format!("a frame of {} blocks", ids.len())));
+        }
+        let (codec, encoded) = frame::encode(self.shared.pool.settings().zstd_level, content);
+        let mut inner = self.shared.inner();
+        put(&self.shared, &mut inner, PackKind::Blocks, codec, &encoded, content.len() as u32, ids)
+    }
+
     /// Begins the map of a disk of `size` bytes from `base`, or from zeros where there is none or it has another height.
     pub fn edit_map(&self, base: Option<MapRoot>, size: u64) -> Result<MapEditor<JobNodes>, PoolError> {
         let blocks = size.div_ceil(BLOCK_BYTES);

@@ -32,6 +32,7 @@ pub mod index;
 mod ingest;
 pub mod keys;
 pub mod kit;
+pub mod layout;
 pub mod map;
 mod packs;
 mod point_device;

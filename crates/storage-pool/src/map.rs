@@ -134,6 +134,44 @@ impl<S: NodeSource> MapReader<S> {
         Ok(None)
     }
 
+    /// Calls `each(first block, leaf)` for the leaves that the map under `before`, of the same height, does not have at
+    /// the same place. What both maps share is not read.
+    pub(crate) fn changed_leaves(
+        &self,
+        before: Option<ChunkId>,
+        each: &mut dyn FnMut(u64, &Node) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        match self.map.root {
+            Some(root) => self.changed_in(&root, before, self.map.levels - 1, 0, each),
+            None => Ok(()),
+        }
+    }
+
+    fn changed_in(
+        &self,
+        id: &ChunkId,
+        before: Option<ChunkId>,
+        level: u8,
+        base: u64,
+        each: &mut dyn FnMut(u64, &Node) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        if before == Some(*id) {
+            return Ok(());
+        }
+        let node = self.node(id, level)?;
+        if level == 0 {
+            return each(base, &node);
+        }
+        let before = before.map(|before| self.node(&before, level)).transpose()?;
+        for (index, child) in node.children.iter().enumerate() {
+            let Some(child) = child else { continue };
+            let start = base + ((index as u64) << shift(level));
+            let before = before.as_ref().and_then(|before| before.children[index]);
+            self.changed_in(child, before, level - 1, start, each)?;
+        }
+        Ok(())
+    }
+
     /// Visits every node and block below the root. `node` is told of each node before its children and may skip it by
     /// returning false; `lost` is told of nodes that cannot be read, with the blocks they cover.
     pub fn walk(

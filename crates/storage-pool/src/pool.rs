@@ -508,14 +508,22 @@ impl Pool {
         let mut fresh = sequence::load(&*self.world.files, &self.keys)?;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         fresh.expect_head(state.head, |number| self.world.path(&crate::format::record::name(number)));
-        if (fresh.head, fresh.head_hash) == (state.head, state.head_hash) && fresh.unreadable.is_empty() {
+        // A last record that could not be read when the pool was opened has no hash to compare.
+        let is_end_unread = state.unreadable.iter().any(|record| record.number == state.head);
+        let is_same_end = fresh.head == state.head && (fresh.head_hash == state.head_hash || is_end_unread);
+        if is_same_end && fresh.unreadable.is_empty() {
             // Where the two differ, the records are right.
             *state = fresh;
         } else {
             // Records of another server after ours must not become the end that we append to: we are fenced, and stay so
             // (INV-16). What a bundle or this process knows of a damaged record stays known, and is freed by nobody.
             let head = state.head;
-            state.unreadable = fresh.unreadable.into_iter().filter(|record| record.number <= head).collect();
+            // A record that could not be read when the state was made is not in it, though it can be read now.
+            let fresh = fresh.unreadable.into_iter().filter(|record| record.number <= head);
+            let news: Vec<_> = fresh
+                .filter(|record| state.unreadable.iter().all(|known| known.number != record.number))
+                .collect();
+            state.unreadable.extend(news);
         }
         let mut damage = record_damage(&state);
         drop(state);

@@ -191,7 +191,14 @@ impl App {
                 if let Err(problem) = app.parts.history.sync(app.pool()) {
                     warnings.push(problem);
                 }
-                // Neither is a file that is needless and stays a while.
+                // Neither is where the blocks of the newest point lie, and files that are needless and stay a while.
+                match app.pool().keep_readable(outcome.point.id) {
+                    Ok(Some(relaid)) if relaid.blocks > 0 => {
+                        tracing::info!(blocks = relaid.blocks, stored = relaid.stored, "scattered blocks written again");
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::warn!("scattered blocks stay where they are for now: {error}"),
+                }
                 if let Err(error) = app.pool().tidy(&*app.parts.deletion) {
                     tracing::warn!("superseded index files stay for now: {error}");
                 }

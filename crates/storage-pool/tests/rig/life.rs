@@ -253,7 +253,7 @@ impl Life {
     }
 
     fn step(&mut self, pool: &Arc<Pool>) -> Result<String, PoolError> {
-        match self.below(23) {
+        match self.below(26) {
             0..7 => self.put(pool, true),
             7..10 => {
                 let Some(id) = self.pick(pool, false) else { return Ok("nothing to delete".to_owned()) };
@@ -309,6 +309,16 @@ impl Life {
                 self.hours += 72;
                 Ok(format!("clock jumps to {jump}"))
             }
+            19..21 => {
+                let Some(id) = self.pick(pool, false) else { return Ok("nothing to write again".to_owned()) };
+                match pool.relay(id, None, 1 << 20) {
+                    Ok(relaid) => Ok(format!("wrote again {relaid:?}")),
+                    // A node or block that rotted, as far as anybody may tell: nothing is copied unproved.
+                    Err(PoolError::ChunkLost { .. }) => Ok(format!("{id} cannot be read whole")),
+                    Err(error) => Err(error),
+                }
+            }
+            21 => pool.tidy(&self.rig.deletion()).map(|asked| format!("tidied {asked}")),
             _ => {
                 let hours = 1 + self.below(72);
                 self.rig.clock.advance(Duration::from_secs(hours * 3600));
