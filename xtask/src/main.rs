@@ -4,6 +4,7 @@
 //! head of its file; what cargo itself can do is left to cargo. Built by every run of the tests before anything else,
 //! so it has next to no dependencies.
 
+mod bench;
 mod campaigns;
 mod changelog;
 mod demo;
@@ -25,6 +26,7 @@ Usage: cargo xtask CHORE
   install [--windows] [--demo]  install what build and tests need (Debian; --demo: only what the demo needs)
   test [--quick]                everything: format, layers, licences, lints, tests, Windows, campaigns, demo
   demo [ARGS...]                install, build and run `stillpoint demo ARGS...`
+  bench [ARGS...]               install, build and measure beside peers and the machine's limit (docs/benchmarks.md)
   layers                        check crate edges, module cycles and the core's way to the outside
   licences                      check licences, banned crates and sources of every dependency (deny.toml)
   windows [--install] [--debian-toolchain]
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
             Err(message) => Err(message),
         },
         ["demo", rest @ ..] => demo::run(rest),
+        ["bench", rest @ ..] => bench::run(rest),
         ["layers"] => layers::run(),
         ["licences"] => licences::run(),
         ["windows", flags @ ..] => flags_among(flags, &["--install", "--debian-toolchain"]).and_then(|()| {

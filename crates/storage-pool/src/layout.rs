@@ -60,9 +60,14 @@ pub struct Relaid {
     pub stored: u64,
 }
 
+/// Blocks with their chunks, ascending.
+type Blocks = Vec<(u64, ChunkId)>;
+/// What a leaf saves for its size, most first; its disk and first block.
+type Order = (std::cmp::Reverse<usize>, usize, u64);
+
 /// The blocks of one leaf.
 struct Leaf {
-    blocks: Vec<(u64, ChunkId)>,
+    blocks: Blocks,
     places: Vec<Location>,
     ideal: usize,
 }
@@ -109,7 +114,7 @@ impl Pool {
             let nodes = PoolNodes::new(self, point.domain);
             let map = MapReader::new(nodes, MapRoot { root: disk.root, levels: disk.levels });
             map.changed_leaves(before, &mut |first, node| {
-                let blocks: Vec<(u64, ChunkId)> = (first..)
+                let blocks: Blocks = (first..)
                     .zip(node.children.iter())
                     .filter_map(|(block, chunk)| chunk.map(|chunk| (block, chunk)))
                     .collect();
@@ -140,7 +145,7 @@ impl Pool {
             }
             let is_there =
                 |other: &&&crate::state::Point| !state.is_expired(other, self.settings().soft_delete);
-            let Some(since) = of_machine.iter().skip(1).take(EVERY).filter(is_there).last() else {
+            let Some(since) = of_machine.iter().skip(1).take(EVERY).rfind(is_there) else {
                 return Ok(None);
             };
             let changed =
@@ -195,8 +200,7 @@ impl Pool {
     ) -> Result<Relaid, PoolError> {
         let domain = self.point(point)?.domain;
         // The worst first: what saves most frames for each block written.
-        let mut found: BTreeMap<(std::cmp::Reverse<usize>, usize, u64), Vec<(u64, ChunkId)>> =
-            BTreeMap::new();
+        let mut found: BTreeMap<Order, Blocks> = BTreeMap::new();
         let mut held = 0u64;
         self.leaves(point, since, &mut |disk, leaf| {
             if !leaf.is_scattered() {
@@ -213,7 +217,7 @@ impl Pool {
                 held -= (last.remove().len() * BLOCK) as u64;
             }
         })?;
-        let mut chosen: Vec<(usize, u64, Vec<(u64, ChunkId)>)> =
+        let mut chosen: Vec<(usize, u64, Blocks)> =
             found.into_iter().map(|((_, disk, first), blocks)| (disk, first, blocks)).collect();
         chosen.sort_unstable_by_key(|(disk, first, _)| (*disk, *first));
         let mut relaid = Relaid::default();
@@ -230,8 +234,7 @@ impl Pool {
                 continue;
             }
             left -= bytes;
-            let blocks: Vec<(u64, ChunkId)> =
-                blocks.into_iter().filter(|(_, chunk)| written.insert(*chunk)).collect();
+            let blocks: Blocks = blocks.into_iter().filter(|(_, chunk)| written.insert(*chunk)).collect();
             for run in blocks.chunk_by(|one, next| one.0 + 1 == next.0) {
                 for frame in run.chunks(FRAME) {
                     let mut content = Vec::with_capacity(frame.len() * BLOCK);
