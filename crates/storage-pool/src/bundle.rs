@@ -8,6 +8,7 @@
 //!   INV-12)
 //! - Bundles that count are disjoint and cover 1 to some number without a gap; a longer one supersedes those inside it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use environment::{Files, Randomness};
@@ -17,7 +18,7 @@ use crate::format::bundle::{self, BundleHeader, Bundled};
 use crate::format::{FormatError, record};
 use crate::keys::Keys;
 use crate::sequence::{self, Unpublished};
-use crate::state::State;
+use crate::state::{State, Unreadable};
 
 /// So many records that are in no bundle get one.
 pub const BUNDLE_RECORDS: u64 = 16;
@@ -160,6 +161,34 @@ pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError>
         }
     }
     Ok(found)
+}
+
+/// What the sequence says, by its bundles (section 5.1) and the records after them.
+///
+/// A record that a bundle covers is only looked for, not read: [`sequence::load`] reads every one, and does so before anything is
+/// freed and in every verify.
+pub(crate) fn load_bundled(
+    files: &dyn Files,
+    keys: &Keys,
+) -> Result<(State, Vec<Span>, Vec<Damage>), PoolError> {
+    // Bundles first: they name only records that were there before them.
+    let bundles = load(files, keys)?;
+    let numbers = sequence::numbers(files)?;
+    let covered = bundles.state.head;
+    let mut state = bundles.state;
+    for number in (1..=covered).filter(|number| !numbers.contains(number)) {
+        let path = record_path(files, number);
+        state.unreadable.push(Unreadable { number, path, reason: "is missing".to_owned(), needs: None });
+    }
+    let before = (covered > 0).then_some(bundles.hash);
+    let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
+    let start = sequence::Start { state, before };
+    let (state, copies) = sequence::fold(files, keys, &after, &BTreeMap::new(), start);
+    if copies.is_empty() || state.unreadable.is_empty() {
+        return Ok((state, bundles.spans, bundles.damage));
+    }
+    // A restored record takes effect in its own place.
+    Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage))
 }
 
 fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(State, [u8; 32]), PoolError> {

@@ -291,7 +291,7 @@ impl Pool {
         }
         // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
         // writer went on between the two, the state is read again.
-        let (mut state, mut bundles, mut bundle_damage) = sequence::load_bundled(&*world.files, &keys)?;
+        let (mut state, mut bundles, mut bundle_damage) = bundle::load_bundled(&*world.files, &keys)?;
         let mut index = None;
         for _ in 0..LOOKS {
             let (witnessed, is_sound) = if lock.is_some() {
@@ -305,7 +305,7 @@ impl Pool {
             if is_sound && witnessed <= head {
                 break;
             }
-            let again = sequence::load_bundled(&*world.files, &keys)?;
+            let again = bundle::load_bundled(&*world.files, &keys)?;
             let is_same = again.0.head == head;
             if !is_same {
                 (state, bundles, bundle_damage) = again;
@@ -420,7 +420,7 @@ impl Pool {
                     Err(error) => return Index::closed(self.world.files.clone(), &self.keys, error).into(),
                 };
                 // What is missing may have been removed by a reclaim after this pool was opened for reading.
-                match sequence::load_bundled(&*self.world.files, &self.keys) {
+                match bundle::load_bundled(&*self.world.files, &self.keys) {
                     Ok((fresh, ..)) if fresh.head != head => {
                         (head, permitted) = (fresh.head, fresh.permitted)
                     }

@@ -7,8 +7,7 @@ use std::sync::Arc;
 use environment::{Files, NewFile, Randomness};
 use prost::Message;
 
-use crate::bundle::{self, Span};
-use crate::error::{Damage, PoolError};
+use crate::error::PoolError;
 use crate::format::FormatError;
 use crate::format::payload::{self, Kind};
 use crate::format::record::{self, RecordHeader};
@@ -58,7 +57,7 @@ fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, Closed> 
 }
 
 /// Numbers of the records that are there.
-fn numbers(files: &dyn Files) -> Result<BTreeSet<u64>, PoolError> {
+pub(crate) fn numbers(files: &dyn Files) -> Result<BTreeSet<u64>, PoolError> {
     let entries =
         files.list("sequence").map_err(|source| PoolError::io(files.display("sequence"), "list", source))?;
     Ok(entries.iter().filter_map(|entry| record::number(&entry.name)).collect())
@@ -71,41 +70,13 @@ pub(crate) fn opened(keys: &Keys, number: u64, bytes: &[u8]) -> Result<(RecordHe
         .map_err(|closed| closed.reason)
 }
 
-/// What the sequence says, by its bundles (section 5.1) and the records after them.
-///
-/// A record that a bundle covers is only looked for, not read: [`load`] reads every one, and does so before anything is
-/// freed and in every verify.
-pub(crate) fn load_bundled(
-    files: &dyn Files,
-    keys: &Keys,
-) -> Result<(State, Vec<Span>, Vec<Damage>), PoolError> {
-    // Bundles first: they name only records that were there before them.
-    let bundles = bundle::load(files, keys)?;
-    let numbers = numbers(files)?;
-    let covered = bundles.state.head;
-    let mut state = bundles.state;
-    for number in (1..=covered).filter(|number| !numbers.contains(number)) {
-        let path = bundle::record_path(files, number);
-        state.unreadable.push(Unreadable { number, path, reason: "is missing".to_owned(), needs: None });
-    }
-    let before = (covered > 0).then_some(bundles.hash);
-    let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
-    let start = Start { state, before };
-    let (state, copies) = fold(files, keys, &after, &BTreeMap::new(), start);
-    if copies.is_empty() || state.unreadable.is_empty() {
-        return Ok((state, bundles.spans, bundles.damage));
-    }
-    // A restored record takes effect in its own place.
-    Ok((load(files, keys)?, Vec::new(), bundles.damage))
-}
-
 /// Where a reading of the records begins.
 #[derive(Default)]
-struct Start {
+pub(crate) struct Start {
     /// What the records up to `state.head` say.
-    state: State,
+    pub state: State,
     /// Hash of record `state.head`, if it could be read.
-    before: Option<[u8; 32]>,
+    pub before: Option<[u8; 32]>,
 }
 
 /// Reads every record and what follows from them. Records that cannot be read are named in the state. One record is in
@@ -130,7 +101,9 @@ pub fn load(files: &dyn Files, keys: &Keys) -> Result<State, PoolError> {
     }
 }
 
-fn fold(
+/// Reads the records `numbers` after `start`, each from `restored` where it is there, and applies them in order. Also gives
+/// the copies of records that records carry.
+pub(crate) fn fold(
     files: &dyn Files,
     keys: &Keys,
     numbers: &BTreeSet<u64>,
