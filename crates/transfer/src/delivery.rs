@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use block_io::{BlockDevice, DeviceError, Pace};
-use crossbeam_channel::{Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
 use crate::digest::ContentDigest;
@@ -239,7 +239,7 @@ impl<'a> Delivery<'a> {
         &mut self,
         scope: &'scope std::thread::Scope<'scope, '_>,
         link: &TargetLink,
-        events: &crossbeam_channel::Receiver<Event>,
+        events: &Receiver<Event>,
         budget: &'scope Arc<Budget>,
         stop: &'scope AtomicBool,
     ) -> Result<(), Stop>
@@ -259,9 +259,7 @@ impl<'a> Delivery<'a> {
         let from = next.min(self.digest_to);
         link.send(ToTarget::Begin { size, from, hashes_first: !fresh })?;
 
-        let (reads_in, reads) = bounded(2);
-        let reader = PointReader { point: self.point, budget, stop, out: reads_in };
-        scope.spawn(move || reader.run(from));
+        let reads = start_reading(scope, self.point, from, budget, stop);
         let mut sending = Sending {
             link,
             fresh,
@@ -324,7 +322,7 @@ impl<'a> Delivery<'a> {
         Ok(())
     }
 
-    fn wait(&self, events: &crossbeam_channel::Receiver<Event>) -> Result<Event, Stop> {
+    fn wait(&self, events: &Receiver<Event>) -> Result<Event, Stop> {
         let event = events.recv().map_err(|_| Stop::Cut)?;
         if self.steer.is_cancelled() {
             return Err(Stop::Error(DeliveryError::Cancelled));
@@ -520,14 +518,110 @@ impl Sending<'_> {
     }
 }
 
+/// Threads that read the point side by side: decoding is most of the work, and a store that must seek answers several
+/// questions sooner than one after another.
+const READERS: usize = 4;
+/// Reads of 1 MiB that are under way or wait for those before them.
+const READS_AHEAD: usize = 8;
+
+/// What the point is made of, in order; data is still being read.
+enum Queued {
+    Now(Read),
+    Later { first: u64, count: u64, permit: Permit, reply: Receiver<Result<Vec<u8>, DeviceError>> },
+}
+
+/// One read of adjacent blocks.
+struct Task {
+    first: u64,
+    count: u64,
+    reply: Sender<Result<Vec<u8>, DeviceError>>,
+}
+
+fn read_blocks(point: &dyn BlockDevice, first: u64, count: u64) -> Result<Vec<u8>, DeviceError> {
+    let mut data = vec![0; count as usize * BLOCK];
+    let offset = first * BLOCK_BYTES;
+    let length = point.size().saturating_sub(offset).min(count * BLOCK_BYTES) as usize;
+    point.read_at(offset, &mut data[..length])?;
+    Ok(data)
+}
+
+/// Starts the threads that read `point` from block `from` on and hand over what they find, in order.
+fn start_reading<'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    point: &'scope dyn BlockDevice,
+    from: u64,
+    budget: &'scope Arc<Budget>,
+    stop: &'scope AtomicBool,
+) -> Receiver<Read> {
+    let (reads_in, reads) = bounded(2);
+    let (queue, queued) = bounded(READS_AHEAD);
+    let (tasks, tasks_out) = bounded::<Task>(READS_AHEAD);
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS);
+    for _ in 0..threads {
+        let tasks = tasks_out.clone();
+        scope.spawn(move || {
+            for Task { first, count, reply } in tasks {
+                // Whoever asked may have gone meanwhile.
+                let _ = reply.send(read_blocks(point, first, count));
+            }
+        });
+    }
+    scope.spawn(move || in_order(point, &queued, &reads_in));
+    let reader = PointReader { point, budget, stop, queue, tasks };
+    scope.spawn(move || reader.run(from));
+    reads
+}
+
+/// Hands on what is queued, waiting for the reads; where one fails by damage, block by block.
+fn in_order(point: &dyn BlockDevice, queued: &Receiver<Queued>, out: &Sender<Read>) {
+    for item in queued {
+        let read = match item {
+            Queued::Now(read) => read,
+            Queued::Later { first, count, mut permit, reply } => match reply.recv() {
+                Ok(Ok(data)) => Read::Data { first, data, permit },
+                Ok(Err(DeviceError::Damaged { .. })) => {
+                    for block in first..first + count {
+                        let read = match read_blocks(point, block, 1) {
+                            Ok(data) => {
+                                let permit = permit.split(BLOCK_BYTES);
+                                Read::Data { first: block, data, permit }
+                            }
+                            Err(DeviceError::Damaged { .. }) => {
+                                let start = block * BLOCK_BYTES;
+                                let end = (start + BLOCK_BYTES).min(point.size());
+                                Read::Lost { first: block, range: ByteRange { start, end } }
+                            }
+                            Err(error) => Read::Failed(error),
+                        };
+                        let failed = matches!(read, Read::Failed(_));
+                        if out.send(read).is_err() || failed {
+                            return;
+                        }
+                    }
+                    continue;
+                }
+                Ok(Err(error)) => Read::Failed(error),
+                // The thread that was to read is gone, and the scope says why.
+                Err(_) => return,
+            },
+        };
+        let failed = matches!(read, Read::Failed(_));
+        // If nobody listens, nobody asks why.
+        if out.send(read).is_err() || failed {
+            return;
+        }
+    }
+}
+
 struct PointReader<'s> {
     point: &'s dyn BlockDevice,
     budget: &'s Arc<Budget>,
     stop: &'s AtomicBool,
-    out: Sender<Read>,
+    queue: Sender<Queued>,
+    tasks: Sender<Task>,
 }
 
-/// The reading thread's reasons to end early.
+/// The reasons to end early.
 enum ReadStop {
     Device(DeviceError),
     Gone,
@@ -544,7 +638,7 @@ impl PointReader<'_> {
         let result = self.read_from(from);
         if let Err(ReadStop::Device(error)) = result {
             // If nobody listens, nobody asks why.
-            let _ = self.out.send(Read::Failed(error));
+            let _ = self.queue.send(Queued::Now(Read::Failed(error)));
         }
     }
 
@@ -558,7 +652,7 @@ impl PointReader<'_> {
                 if data {
                     return self.data(run.start, run.end);
                 }
-                self.send(Read::Zeros { first: run.start, blocks: run.end - run.start })
+                self.send(Queued::Now(Read::Zeros { first: run.start, blocks: run.end - run.start }))
             });
             match result {
                 // Where even the map of holes is damaged: read on block by block, all of it counts as data.
@@ -576,42 +670,21 @@ impl PointReader<'_> {
         }
     }
 
-    fn send(&self, read: Read) -> Result<(), ReadStop> {
-        self.out.send(read).map_err(|_| ReadStop::Gone)
+    fn send(&self, item: Queued) -> Result<(), ReadStop> {
+        self.queue.send(item).map_err(|_| ReadStop::Gone)
     }
 
     fn data(&self, from: u64, to: u64) -> Result<(), ReadStop> {
         let mut at = from;
         while at < to {
             let end = ((at / READ_BLOCKS + 1) * READ_BLOCKS).min(to);
-            match self.read(at, end) {
-                Err(ReadStop::Device(DeviceError::Damaged { .. })) => {
-                    for block in at..end {
-                        match self.read(block, block + 1) {
-                            Err(ReadStop::Device(DeviceError::Damaged { .. })) => {
-                                let limit = self.point.size();
-                                let start = block * BLOCK_BYTES;
-                                let range = ByteRange { start, end: (start + BLOCK_BYTES).min(limit) };
-                                self.send(Read::Lost { first: block, range })?;
-                            }
-                            other => other?,
-                        }
-                    }
-                }
-                other => other?,
-            }
+            let count = end - at;
+            let permit = self.budget.take(count * BLOCK_BYTES, self.stop).ok_or(ReadStop::Gone)?;
+            let (reply, answer) = bounded(1);
+            self.tasks.send(Task { first: at, count, reply }).map_err(|_| ReadStop::Gone)?;
+            self.send(Queued::Later { first: at, count, permit, reply: answer })?;
             at = end;
         }
         Ok(())
-    }
-
-    fn read(&self, from: u64, to: u64) -> Result<(), ReadStop> {
-        let count = to - from;
-        let permit = self.budget.take(count * BLOCK_BYTES, self.stop).ok_or(ReadStop::Gone)?;
-        let mut data = vec![0; count as usize * BLOCK];
-        let offset = from * BLOCK_BYTES;
-        let length = self.point.size().saturating_sub(offset).min(count * BLOCK_BYTES) as usize;
-        self.point.read_at(offset, &mut data[..length])?;
-        self.send(Read::Data { first: from, data, permit })
     }
 }

@@ -68,7 +68,7 @@ pub(crate) struct Permit {
 
 impl Permit {
     /// Takes `bytes` of it out as a permit of their own.
-    fn split(&mut self, bytes: u64) -> Permit {
+    pub(crate) fn split(&mut self, bytes: u64) -> Permit {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
         Permit { budget: Arc::clone(&self.budget), bytes }
