@@ -111,9 +111,14 @@ fn digest_of(path: &Path) -> Result<String, CatalogError> {
 }
 
 impl SqliteCatalog {
+    /// The database file of the catalog in `folder`.
+    pub fn database(folder: &Path) -> PathBuf {
+        folder.join(DATABASE)
+    }
+
     /// Opens the catalog in `folder`, creating it if there is none. One process at a time: the pool's lock sees to it.
     pub fn open(folder: &Path) -> Result<Opened, CatalogError> {
-        let database = folder.join(DATABASE);
+        let database = SqliteCatalog::database(folder);
         let existed = database.exists();
         let (mut reason, mut clean) = (None, false);
         if existed {
@@ -164,7 +169,7 @@ impl SqliteCatalog {
 
     /// `Ok(clean)` if the database is whole. Touches nothing.
     fn examine(folder: &Path) -> Result<bool, CatalogError> {
-        let database = folder.join(DATABASE);
+        let database = SqliteCatalog::database(folder);
         let digest = folder.join(DIGEST);
         let clean = match fs::read(&digest) {
             Ok(kept) => {

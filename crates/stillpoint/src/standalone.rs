@@ -150,7 +150,7 @@ pub fn break_glass(pool: &Path, kit_path: &Path) -> Result<Running, Problem> {
 pub fn describe(damage: &storage_pool::Damage) -> String {
     match damage {
         storage_pool::Damage::File { path, offset, reason, derived: true } => {
-            format!("{path}: byte {offset}: {reason}; it is made again from the packs.")
+            format!("{path}: byte {offset}: {reason}; it is made again.")
         }
         storage_pool::Damage::File { path, offset, reason, derived: false } => {
             format!("{path}: byte {offset}: {reason}.")

@@ -217,7 +217,7 @@ impl History {
         let mut damage: Vec<Damage> = said
             .into_iter()
             .map(|reason| Damage::File {
-                path: self.folder.display().to_string(),
+                path: SqliteCatalog::database(&self.folder).display().to_string(),
                 offset: 0,
                 reason,
                 derived: true,

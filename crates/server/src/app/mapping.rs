@@ -21,11 +21,7 @@ pub(crate) fn damage(damage: &storage_pool::Damage) -> api::Damage {
             disk: None,
             offset: *offset,
             length: 0,
-            reason: if *derived {
-                format!("{reason}; derived: it is made again from the packs")
-            } else {
-                reason.clone()
-            },
+            reason: if *derived { format!("{reason}; derived: it is made again") } else { reason.clone() },
         },
         storage_pool::Damage::Point { point, machine, disk, range, reason } => api::Damage {
             file: String::new(),
