@@ -42,6 +42,9 @@ const PACKAGES: &[Package] = &[
     package("qemu-utils", "qemu-img", &[Test]),
     // Real disks of testbed/make-workload.py.
     package("python3", "python3", &[Test]),
+    // The independent reader, testbed/pool-reader.py.
+    package("python3-cryptography", "", &[Test]),
+    package("python3-zstandard", "", &[Test]),
     package("mount", "losetup", &[Test]),
     package("ntfs-3g", "mkntfs", &[Test]),
     // File systems with reflinks, where the provider `images` freezes without a copy.

@@ -1,4 +1,4 @@
-//! Every kind of file damaged in every way (INV-7, 8, 10), and the bytes of format version 1.
+//! Every kind of file damaged in every way (INV-7, 8, 10). The bytes themselves: `golden.rs`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod rig;
@@ -8,48 +8,6 @@ use std::time::{Duration, Instant};
 use rig::golden::{self, Golden};
 use rig::is_exact;
 use rig::rot::{changed, flips, look};
-use storage_pool::verify::Depth;
-
-const GOLDEN: &[u8] = include_bytes!("../fixtures/golden-v1/pool.tar");
-
-/// A change of the format, of keys, of codecs or of the order of operations shows here. `STILLPOINT_BLESS=1` writes the
-/// fixture anew; for a released version that must never be done, a new version gets a new folder.
-#[test]
-fn the_golden_pool_is_made_again_byte_by_byte() {
-    let made = golden::archive(&golden::make());
-    if std::env::var_os("STILLPOINT_BLESS").is_some() {
-        std::fs::write(concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/golden-v1/pool.tar"), &made).unwrap();
-        return;
-    }
-    let (made, kept) = (golden::unpack(&made), golden::unpack(GOLDEN));
-    assert_eq!(made.keys().collect::<Vec<_>>(), kept.keys().collect::<Vec<_>>());
-    for (name, bytes) in &kept {
-        assert!(made[name] == *bytes, "{name} has other bytes");
-    }
-}
-
-#[test]
-fn the_kept_golden_pool_is_read() {
-    let kept = golden::unpack(GOLDEN);
-    let golden = golden::make();
-    let kit = storage_pool::kit::read(std::str::from_utf8(&kept["recovery-kit.txt"]).unwrap()).unwrap();
-    let mut snapshot = environment::simulated::Snapshot::default();
-    for (name, bytes) in &kept {
-        if let Some(name) = name.strip_prefix("pool/") {
-            snapshot.insert(name, bytes.clone());
-        }
-    }
-    let files = environment::simulated::SimulatedFiles::from_snapshot(1, &snapshot);
-    let rig = rig::Rig { kit: kit.recipient, ..golden.rig.on(files) };
-    let pool = rig.reader().unwrap();
-    let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
-    assert!(report.is_clean(), "{report:?}");
-    assert_eq!(report.good_points, 4);
-    for (id, content) in &golden.points {
-        assert_eq!(is_exact(&pool, *id, content), Ok(true));
-    }
-    assert_eq!(pool.document("policy").unwrap(), b"a document of the server");
-}
 
 /// A slice of all bits; the campaign `examples/rot.rs` flips every one.
 #[test]

@@ -1,4 +1,4 @@
-//! Payloads of records and of the pool header: protobuf messages (sections 4 and 5).
+//! Payloads of records and of the pool header: protobuf messages (sections 4 and 5.2).
 //!
 //! Field numbers are never given out twice. An unknown field is ignored; an unknown kind is not.
 

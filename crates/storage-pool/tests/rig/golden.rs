@@ -70,7 +70,7 @@ pub fn make() -> Golden {
 }
 
 /// The pool's files, and the kit, as a tar archive with fixed times and owners.
-pub fn archive(golden: &Golden) -> Vec<u8> {
+pub fn archive(golden: &Golden, expected: &str) -> Vec<u8> {
     let kit = kit::write(&golden.rig.kit, "fixtures");
     let mut tar = Vec::new();
     let mut add = |name: &str, bytes: &[u8]| {
@@ -90,6 +90,7 @@ pub fn archive(golden: &Golden) -> Vec<u8> {
         tar.extend_from_slice(bytes);
         tar.resize(tar.len().next_multiple_of(512), 0);
     };
+    add("expected.txt", expected.as_bytes());
     add("recovery-kit.txt", kit.as_bytes());
     for (name, bytes) in golden.snapshot.files() {
         add(&format!("pool/{name}"), bytes);

@@ -5,6 +5,7 @@
 
 pub mod golden;
 pub mod life;
+pub mod recipes;
 pub mod rot;
 
 use std::collections::BTreeMap;
