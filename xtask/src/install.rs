@@ -50,6 +50,8 @@ const PACKAGES: &[Package] = &[
     // File systems with reflinks, where the provider `images` freezes without a copy.
     package("xfsprogs", "mkfs.xfs", &[Test]),
     package("btrfs-progs", "mkfs.btrfs", &[Test]),
+    // Mounting the file system of the fault rig FSX, where that is not root's.
+    package("fuse3", "fusermount3", &[Test]),
     // Network namespaces for agent and server on different hosts.
     package("iproute2", "ip", &[Test]),
     package("gcc-mingw-w64-x86-64-win32", "x86_64-w64-mingw32-gcc", &[Windows]),

@@ -13,6 +13,7 @@ mod documents;
 mod install;
 mod layers;
 mod licences;
+mod night;
 mod run;
 mod suite;
 mod windows;
@@ -27,6 +28,9 @@ Usage: cargo xtask CHORE
   test [--quick]                everything: format, layers, licences, lints, tests, Windows, campaigns, demo
   demo [ARGS...]                install, build and run `stillpoint demo ARGS...`
   bench [ARGS...]               install, build and measure beside peers and the machine's limit (docs/benchmarks.md)
+  night [--minutes N] [--seed S] [--to FILE]
+                                every campaign for its share of N minutes (90); appends a table to FILE
+                                (night.md in the build folder)
   layers                        check crate edges, module cycles and the core's way to the outside
   licences                      check licences, banned crates and sources of every dependency (deny.toml)
   windows [--install] [--debian-toolchain]
@@ -51,6 +55,7 @@ fn main() -> ExitCode {
         },
         ["demo", rest @ ..] => demo::run(rest),
         ["bench", rest @ ..] => bench::run(rest),
+        ["night", rest @ ..] => night(rest),
         ["layers"] => layers::run(),
         ["licences"] => licences::run(),
         ["windows", flags @ ..] => flags_among(flags, &["--install", "--debian-toolchain"]).and_then(|()| {
@@ -73,6 +78,21 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Reads the options of the night.
+fn night(words: &[&str]) -> Result<(), String> {
+    let (mut minutes, mut seed, mut file) = (90, 1, workspace::read()?.target.join("night.md"));
+    for pair in words.chunks(2) {
+        let number = |value: &str| value.parse::<u64>().map_err(|_| format!("`{value}` is not a number"));
+        match pair {
+            ["--minutes", value] => minutes = number(value)?,
+            ["--seed", value] => seed = number(value)?,
+            ["--to", value] => file = value.into(),
+            other => return Err(format!("unknown option `{}`\n\n{USAGE}", other.join(" "))),
+        }
+    }
+    night::run(minutes, seed, &file)
 }
 
 /// Refuses a flag that the chore does not have, so that a typing mistake never runs something else.

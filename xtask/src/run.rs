@@ -48,6 +48,11 @@ pub fn cargo_at(program: &Path) -> Command {
     command
 }
 
+/// Another program, in the same folder.
+pub fn in_root(program: &str) -> Command {
+    cargo_at(Path::new(program))
+}
+
 /// Whether `program` is on the path.
 pub fn on_path(program: &str) -> bool {
     std::env::var_os("PATH")

@@ -3,7 +3,7 @@
 //! A failed step does not stop the others, except that nothing is run that was not built. The last line is the sum
 //! over steps and tests: `N passed, N failed`, with `, N skipped` if tests were left out.
 
-use crate::campaigns::CAMPAIGNS;
+use crate::campaigns::{CAMPAIGNS, command};
 use crate::run::{self, Runner, Tally};
 use crate::{changelog, install, layers, licences, windows, workspace};
 use std::process::Command;
@@ -125,10 +125,14 @@ pub fn run(quick: bool) -> bool {
             run::run(&mut run::with_deadline(command, LIMIT_TESTS))
         });
         for campaign in CAMPAIGNS {
-            suite.check(&format!("campaign {}", campaign.name), || {
-                let mut command = run::cargo();
-                command.args(campaign.cargo);
-                run::run(&mut run::with_deadline(command, campaign.limit))
+            let Some(words) = campaign.slice else { continue };
+            suite.step(&format!("campaign {}", campaign.name), || {
+                if let Some(file) = campaign.missing() {
+                    println!("SKIPPED: no {file} on this machine");
+                    return Ok(Tally { skipped: 1, ..Tally::default() });
+                }
+                run::run(&mut run::with_deadline(command(words, 0, 0), campaign.limit))?;
+                Ok(Tally { passed: 1, ..Tally::default() })
             });
         }
         suite.check("demo", demo);

@@ -112,7 +112,7 @@ fn hostile_images_break_no_promise() {
             );
             runs += 1;
         }
-        println!("{target}: {runs} inputs, seed {start}");
+        println!("{target}: {runs} inputs, seed {start}\nresult: {runs} images");
         assert!(runs > 50, "{target}: only {runs} inputs in {seconds} s");
     }
 }

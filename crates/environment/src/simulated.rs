@@ -125,6 +125,11 @@ impl SimulatedFiles {
         self.world().operations
     }
 
+    /// How many operations there were that change something: those that make, write, sync, name or remove.
+    pub fn changes(&self) -> u64 {
+        self.world().changes
+    }
+
     /// Begins to write down every operation.
     pub fn start_trace(&self) {
         self.world().trace = Some(Vec::new());
@@ -141,6 +146,17 @@ impl SimulatedFiles {
     /// fail with [`PowerCut`].
     pub fn crash_at(&self, site: u64) {
         self.world().crash_at = Some(site);
+    }
+
+    /// The same at the operation that is change number `change` (see [`SimulatedFiles::changes`]).
+    pub fn crash_at_change(&self, change: u64) {
+        self.world().crash_at_change = Some(change);
+    }
+
+    /// Forgets plans for power cuts.
+    pub fn forget_crashes(&self) {
+        let mut world = self.world();
+        (world.crash_at, world.crash_at_change) = (None, None);
     }
 
     /// Cuts the power now.
@@ -179,6 +195,11 @@ impl SimulatedFiles {
         self.world().kill_at.insert(self.process, site);
     }
 
+    /// The same at the operation that is change number `change`.
+    pub fn kill_at_change(&self, change: u64) {
+        self.world().kill_at_change.insert(self.process, change);
+    }
+
     /// Ends this process now. Its locks are free, its unnamed files gone.
     pub fn kill(&self) {
         self.world().kill(self.process);
@@ -189,6 +210,11 @@ impl SimulatedFiles {
     /// Plans a failure.
     pub fn fail(&self, when: When, failure: Failure) {
         self.world().failures.push((when, failure));
+    }
+
+    /// How many planned failures did not come yet, or come again.
+    pub fn planned_failures(&self) -> usize {
+        self.world().failures.len()
     }
 
     /// Makes reads of one file go wrong from now on; what is stored stays as it is.

@@ -1,6 +1,8 @@
-//! Campaign: flips every bit of the golden pool, one at a time.
+//! Campaign: flips every bit of the golden pool, one at a time; or bits at random of a larger pool, for a time.
 //!
 //! `cargo run -p storage-pool --example rot -- [--step N] [--first N]`: every bit, or each N-th from one on.
+//! `cargo run -p storage-pool --example rot -- --points N [--seconds N] [--seed S]`: bits of a pool of N points.
+//! `[--threads N]`; `--result` adds a line that can be added up.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "../tests/rig/mod.rs"]
@@ -15,17 +17,39 @@ fn main() -> ExitCode {
         words.iter().position(|word| word == name).and_then(|at| words.get(at + 1)?.parse::<u64>().ok())
     };
     let (first, step) = (value("--first").unwrap_or(0), value("--step").unwrap_or(1).max(1));
-    let golden = rig::golden::make();
+    let threads = value("--threads").unwrap_or(rig::cores() as u64).max(1);
+    let seed = value("--seed").unwrap_or(1);
+    let golden = match value("--points") {
+        None => rig::golden::make(),
+        Some(points) => rig::golden::make_large(seed, points),
+    };
     let bytes: usize = golden.snapshot.files().map(|(_, bytes)| bytes.len()).sum();
     println!("{} files, {bytes} bytes", golden.snapshot.files().count());
     let begin = Instant::now();
-    match rig::rot::flips(&golden, first, step, begin + Duration::from_secs(1 << 30)) {
+    let until = begin + Duration::from_secs(value("--seconds").unwrap_or(1 << 30));
+    let flipped: Result<Vec<u64>, String> = std::thread::scope(|scope| {
+        let work: Vec<_> = (0..threads)
+            .map(|thread| {
+                let golden = &golden;
+                scope.spawn(move || match value("--points") {
+                    None => rig::rot::flips(golden, first + step * thread, step * threads, until),
+                    Some(_) => rig::rot::random_flips(golden, seed * 1000 + thread, until),
+                })
+            })
+            .collect();
+        work.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    match flipped {
         Ok(flipped) => {
+            let flipped: u64 = flipped.iter().sum();
             println!("{flipped} bits in {:.0} s", begin.elapsed().as_secs_f64());
+            if words.iter().any(|word| word == "--result") {
+                println!("result: {flipped} flipped bits");
+            }
             ExitCode::SUCCESS
         }
         Err(wrong) => {
-            println!("{wrong}");
+            println!("{wrong}\nreplay: the same command, seed {seed}");
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,8 @@
-//! Campaign: lives of pools on storage that fails, one after another, until the time is over.
+//! Campaign: lives of pools on storage that fails, on all cores, until there were so many crash points or the time is
+//! over. What counts as a crash point: `tests/rig/life.rs`.
 //!
-//! `cargo run -p storage-pool --example simulate -- [--seconds N] [--seed S] [--lives N] [--rounds N]`
+//! `cargo run -p storage-pool --example simulate -- [--points N] [--seconds N] [--seed S] [--rounds N] [--threads N]`,
+//! and to repeat one life `--seed S --lives 1`. `--result` adds a line that can be added up.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "../tests/rig/mod.rs"]
@@ -19,30 +21,34 @@ fn main() -> ExitCode {
         now.map_or(1, |since| since.as_nanos() as u64 >> 10)
     });
     let rounds = value("--rounds").unwrap_or(60);
-    let lives = value("--lives").unwrap_or(u64::MAX);
-    let seconds = value("--seconds").unwrap_or(if lives == u64::MAX { 60 } else { 1 << 30 });
     println!("seed {first}, {rounds} rounds a life");
-    let (begin, mut total, mut lived) = (Instant::now(), rig::life::Figures::default(), 0u64);
-    while lived < lives && begin.elapsed() < Duration::from_secs(seconds) {
-        let seed = first.wrapping_add(lived);
-        match rig::life::live(seed, rounds) {
-            Ok(figures) => {
-                total.crash_points += figures.crash_points;
-                total.points += figures.points;
-                total.freed_packs += figures.freed_packs;
-                total.fenced += figures.fenced;
-            }
-            Err(wrong) => {
-                println!("{wrong}");
+    let begin = Instant::now();
+    let done = if value("--lives") == Some(1) {
+        rig::life::live(first, rounds).map(|figures| (1, figures))
+    } else {
+        let points = value("--points");
+        let seconds = value("--seconds").unwrap_or(if points.is_some() { 1 << 30 } else { 60 });
+        let until = begin + Duration::from_secs(seconds);
+        let threads = value("--threads").map_or(rig::cores(), |threads| threads as usize);
+        rig::life::live_many(first, rounds, points.unwrap_or(u64::MAX), until, threads)
+    };
+    match done {
+        Ok((lives, figures)) => {
+            let points = figures.crash_points();
+            let rate = points as f64 / begin.elapsed().as_secs_f64();
+            println!("{lives} lives, {figures:?}");
+            println!("{points} crash points, {rate:.0} a second");
+            if words.iter().any(|word| word == "--result") {
                 println!(
-                    "replay: cargo run -p storage-pool --example simulate -- --seed {seed} --lives 1 --rounds {rounds}"
+                    "result: {points} crash points, {} power cuts, {} cuts while coming back, {} kills, {} failed calls, {lives} lives",
+                    figures.power_cuts, figures.cuts_coming_back, figures.kills, figures.faults
                 );
-                return ExitCode::FAILURE;
             }
+            ExitCode::SUCCESS
         }
-        lived += 1;
+        Err(wrong) => {
+            println!("{wrong}");
+            ExitCode::FAILURE
+        }
     }
-    let rate = total.crash_points as f64 / begin.elapsed().as_secs_f64();
-    println!("{lived} lives, {total:?}, {rate:.0} crash points a second");
-    ExitCode::SUCCESS
 }

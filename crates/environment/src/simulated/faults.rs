@@ -55,6 +55,8 @@ impl std::fmt::Display for Site {
 pub enum When {
     /// The operation of this number, once.
     At(u64),
+    /// The operation that is the change of this number, once.
+    AtChange(u64),
     /// The operation of this number and all after it.
     From(u64),
     /// The next operation of this kind, once.

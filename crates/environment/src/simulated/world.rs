@@ -78,11 +78,14 @@ pub(super) struct World {
     used: u64,
     pub capacity: Option<u64>,
     pub operations: u64,
+    pub changes: u64,
     pub trace: Option<Vec<Site>>,
     pub boot: u64,
     pub off: bool,
     pub crash_at: Option<u64>,
+    pub crash_at_change: Option<u64>,
     pub kill_at: BTreeMap<u64, u64>,
+    pub kill_at_change: BTreeMap<u64, u64>,
     killed: BTreeSet<u64>,
     processes: u64,
     /// Locked inodes and who holds them. A lock is on the file, not on its name, as with `flock`.
@@ -119,11 +122,14 @@ impl World {
             used: 0,
             capacity: None,
             operations: 0,
+            changes: 0,
             trace: None,
             boot: 1,
             off: false,
             crash_at: None,
+            crash_at_change: None,
             kill_at: BTreeMap::new(),
+            kill_at_change: BTreeMap::new(),
             killed: BTreeSet::new(),
             processes: 1,
             locks: BTreeMap::new(),
@@ -141,6 +147,7 @@ impl World {
     pub fn kill(&mut self, process: u64) {
         self.killed.insert(process);
         self.kill_at.remove(&process);
+        self.kill_at_change.remove(&process);
         self.locks.retain(|_, holder| holder.process != process);
     }
 
@@ -157,19 +164,6 @@ impl World {
         if let Some(trace) = &mut self.trace {
             trace.push(Site { number, operation, name: name.to_owned() });
         }
-        if self.crash_at.is_some_and(|at| at <= number) {
-            self.off = true;
-            return Ok(Course::Cut(io::Error::other(PowerCut { at: number })));
-        }
-        if self.kill_at.get(&caller.process).is_some_and(|at| *at <= number) {
-            self.kill(caller.process);
-            let error = io::Error::other(Killed { at: number });
-            return Ok(if self.randomness.below(2) == 0 {
-                Course::Before(error)
-            } else {
-                Course::After(error)
-            });
-        }
         let changes = matches!(
             operation,
             Operation::Create
@@ -180,15 +174,35 @@ impl World {
                 | Operation::MakeFolder
                 | Operation::Unlink
         );
+        self.changes += u64::from(changes);
+        // Once its number has come, a plan for a change holds for whatever comes next.
+        let change = self.changes;
+        let is_reached = |plan: Option<u64>| plan.is_some_and(|at| at <= change);
+        if self.crash_at.is_some_and(|at| at <= number) || is_reached(self.crash_at_change) {
+            self.off = true;
+            return Ok(Course::Cut(io::Error::other(PowerCut { at: number })));
+        }
+        if self.kill_at.get(&caller.process).is_some_and(|at| *at <= number)
+            || is_reached(self.kill_at_change.get(&caller.process).copied())
+        {
+            self.kill(caller.process);
+            let error = io::Error::other(Killed { at: number });
+            return Ok(if self.randomness.below(2) == 0 {
+                Course::Before(error)
+            } else {
+                Course::After(error)
+            });
+        }
         let met = self.failures.iter().position(|(when, _)| match when {
             When::At(at) => *at == number,
+            When::AtChange(at) => changes && *at == change,
             When::From(at) => *at <= number,
             When::Next(kind) | When::Every(kind) => *kind == operation,
             When::EveryChange => changes,
         });
         let Some(met) = met else { return Ok(Course::Normal) };
         let (when, failure) = self.failures[met].clone();
-        if matches!(when, When::At(_) | When::Next(_)) {
+        if matches!(when, When::At(_) | When::AtChange(_) | When::Next(_)) {
             self.failures.remove(met);
         }
         let sync = matches!(operation, Operation::SyncFile | Operation::SyncFolder);
@@ -662,7 +676,9 @@ impl World {
         self.boot += 1;
         self.off = false;
         self.crash_at = None;
+        self.crash_at_change = None;
         self.kill_at.clear();
+        self.kill_at_change.clear();
         self.killed.clear();
         self.locks.clear();
         self.unmounted = None;

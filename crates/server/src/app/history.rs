@@ -83,7 +83,13 @@ impl History {
             return Ok((History { inner: Mutex::new(inner), folder: folder.to_owned() }, said));
         }
         let records = folder.join("records");
-        std::fs::create_dir_all(&records).map_err(|error| io_problem(&records, "create", &error))?;
+        if !records.is_dir() {
+            // What is in these folders outlasts a power cut only if their own names do.
+            let named = [Some(folder), folder.parent()];
+            std::fs::create_dir_all(&records)
+                .and_then(|()| named.iter().flatten().try_for_each(|above| sync_folder(above)))
+                .map_err(|error| io_problem(&records, "create", &error))?;
+        }
         let mut restored = false;
         let lost: Vec<u64> = pool.state().unreadable.iter().map(|record| record.number).collect();
         for number in lost {
@@ -232,6 +238,16 @@ impl History {
                 continue;
             };
             if pool.is_record(number, &bytes) {
+                continue;
+            }
+            // Copies are not synced: after a power cut one may not have been written to its end, which is no damage.
+            let is_unfinished = pool
+                .record_bytes(number)
+                .is_ok_and(|good| pool.is_record(number, &good) && is_unfinished(&bytes, &good));
+            if is_unfinished {
+                if inner.writes {
+                    self.copy_records(pool, number, number);
+                }
                 continue;
             }
             damage.push(Damage::File {
@@ -413,6 +429,26 @@ fn is_ahead(known: &Head, pool: &Pool) -> bool {
     let is_damaged = state.unreadable.iter().any(|record| record.number == state.head);
     known.number > state.head
         || known.number == state.head && known.hash != hex(&state.head_hash) && !is_damaged
+}
+
+#[cfg(unix)]
+fn sync_folder(folder: &Path) -> std::io::Result<()> {
+    std::fs::File::open(folder)?.sync_all()
+}
+
+/// Folders cannot be synced on Windows; there a name is durable when it is there.
+#[cfg(not(unix))]
+fn sync_folder(_: &Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Whether `copy` is what a power cut may leave of `good` that was never synced: cut off, or pages of zeros in it.
+fn is_unfinished(copy: &[u8], good: &[u8]) -> bool {
+    let pages = copy.chunks(4096).zip(good.chunks(4096));
+    copy.len() <= good.len()
+        && pages
+            .map(|(copy, good)| (copy, &good[..copy.len()]))
+            .all(|(copy, good)| copy == good || copy.iter().all(|&byte| byte == 0))
 }
 
 fn record_path(folder: &Path, number: u64) -> PathBuf {

@@ -352,11 +352,33 @@ impl World {
         if self.random.below(2) == 0 {
             self.nobody_lives();
         }
-        self.take_in(&plan, &ended);
-        self.look(Some(&plan), ended.succeeded().is_some());
+        self.follow(&plan, &ended);
+    }
+
+    /// One command while storage does what `arrange` plans, until `settle` makes it good again.
+    pub fn disturb(&mut self, arrange: &mut dyn FnMut() -> String, settle: &mut dyn FnMut()) {
+        let plan = self.plan();
+        self.story.push(format!("{} of `{}`", arrange(), plan.words.join(" ")));
+        let ended = self.program.start(&plan.words).end();
+        // Its deletion service has the same storage.
+        self.nobody_lives();
+        settle();
+        assert!(!ended.stderr.contains("panicked"), "{}", ended.told());
+        let tally = self.tally.entry(plan.kind).or_default();
+        tally.kills += 1;
+        tally.hit += u32::from(ended.status != Some(0));
+        tally.told += u32::from(ended.succeeded().is_some());
+        self.story.push(format!("  it ended with {:?}", ended.status));
+        self.follow(&plan, &ended);
+    }
+
+    /// What must hold after a command that did not come to its end.
+    fn follow(&mut self, plan: &Plan, ended: &Ended) {
+        self.take_in(plan, ended);
+        self.look(Some(plan), ended.succeeded().is_some());
         // Now and then the next kill meets what this one left, with nobody in between.
         if self.random.below(4) > 0 {
-            self.again(&plan);
+            self.again(plan);
         } else if plan.target.is_some() {
             // What a recovery that nobody asks for again has kept.
             fs::remove_dir_all(self.folder.join("recovered")).unwrap();
@@ -483,7 +505,7 @@ impl World {
             for entry in fs::read_dir(&folder).unwrap().flatten() {
                 let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
                 let is_stray = folder == self.program.temporary
-                    || folder.ends_with("staging")
+                    || is_closed && folder.ends_with("staging")
                     || folder.ends_with("recovered")
                     || name.starts_with(".stillpoint-frozen")
                     || [".partial", ".partial.state"].iter().any(|end| name.ends_with(end))
@@ -522,6 +544,68 @@ impl World {
                 self.recovered += 1;
             }
         }
+    }
+
+    /// Runs a command, whatever it comes to, and then `settle`: storage lies until then. What the command acknowledged
+    /// is in the ledger.
+    pub fn work(&mut self, settle: &mut dyn FnMut()) -> bool {
+        let plan = self.plan();
+        self.story.push(format!("`{}`", plan.words.join(" ")));
+        let ended = self.program.run(&plan.words);
+        self.nobody_lives();
+        settle();
+        assert!(!ended.stderr.contains("panicked"), "{}", ended.told());
+        self.take_in(&plan, &ended);
+        for id in &plan.going {
+            self.ledger.remove(id);
+        }
+        let listed = self.program.run(&words(&["recovery-point", "list"]));
+        assert_eq!(listed.status, Some(0), "{}", listed.told());
+        self.live.clear();
+        for point in listed.of_type("recovery-point") {
+            let (id, state) = (point["id"].as_str().unwrap(), point["state"].as_str().unwrap());
+            // What was committed and not acknowledged is nobody's promise, and may be given up with the others.
+            if !GONE.contains(&state) && self.ledger.contains_key(id) {
+                self.live.push((id.to_owned(), point["datasource_name"].as_str().unwrap().to_owned()));
+            }
+        }
+        if let Some((path, hash)) = &plan.target
+            && path.exists()
+        {
+            assert!(
+                ended.status != Some(0) || hash_of(path) == *hash,
+                "recovered otherwise: {}",
+                ended.told()
+            );
+            fs::remove_file(path).unwrap();
+        }
+        ended.status == Some(0)
+    }
+
+    /// Recovers every point of the ledger: each comes back exactly, or, if `may_be_lost`, an error says that it does
+    /// not. Returns how many disks did.
+    pub fn recover_all(&mut self, may_be_lost: bool) -> (u32, u32) {
+        let (mut exact, mut lost) = (0, 0);
+        for (id, entry) in &self.ledger {
+            for (disk, hash) in entry.disks.iter().enumerate() {
+                let path = self.folder.join("recovered").join("all.raw");
+                let mut all = words(&["recover", "disk", &entry.machine, "--point", id]);
+                all.extend(words(&["--disk", &disk.to_string(), "--to", &self.there(&path)]));
+                let ended = self.program.run(&all);
+                assert!(!ended.stderr.contains("panicked"), "{}", ended.told());
+                if ended.status == Some(0) {
+                    assert_eq!(hash_of(&path), *hash, "recovered otherwise: {}", ended.told());
+                    exact += 1;
+                } else {
+                    assert!(may_be_lost, "{}", ended.told());
+                    lost += 1;
+                }
+                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(path.with_extension("raw.partial"));
+                let _ = fs::remove_file(path.with_extension("raw.partial.state"));
+            }
+        }
+        (exact, lost)
     }
 
     /// The end: everything once more, and equal tables of the catalog.
@@ -563,6 +647,22 @@ impl World {
             self.bytes_freed >> 20
         );
         text
+    }
+
+    /// How many commands were killed, or met an accident.
+    pub fn kills(&self) -> u32 {
+        self.tally.values().map(|tally| tally.kills).sum()
+    }
+
+    /// The same as a line that can be added up.
+    pub fn result(&self) -> String {
+        let sum = |of: fn(&Tally) -> u32| self.tally.values().map(of).sum::<u32>();
+        format!(
+            "{} disks recovered and compared, {} of the commands had not ended, {} points committed and not yet acknowledged",
+            self.recovered,
+            sum(|it| it.hit),
+            self.unacknowledged
+        )
     }
 
     /// The last things that happened.

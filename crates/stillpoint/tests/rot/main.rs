@@ -200,6 +200,7 @@ fn a_flipped_bit_of_any_file_is_named_and_healed() {
             cases += 1;
         }
     }
+    println!("\nresult: {cases} flipped bits");
     eprintln!("{cases} flipped bits in {} files; still named after healing, by kind: {left:?}", files.len());
 }
 

@@ -69,6 +69,43 @@ pub fn make() -> Golden {
     Golden { snapshot: rig.files.snapshot(), rig, points }
 }
 
+/// A larger pool that is made of a seed, for campaigns: machines with many points, some deleted, reclaims between.
+pub fn make_large(seed: u64, points: u64) -> Golden {
+    let settings = Settings { floor_points: 0, floor_age: 0, breaker_percent: 100, ..Settings::default() };
+    let rig = Rig::new(seed, settings);
+    let random = environment::SeededRandomness::new(seed ^ 0x1A26E);
+    let pool = rig.writer(1).unwrap();
+    let mut made: BTreeMap<RecoveryPointId, Content> = BTreeMap::new();
+    let mut newest: BTreeMap<u8, RecoveryPointId> = BTreeMap::new();
+    for number in 1..=points {
+        let datasource = 1 + random.below(3) as u8;
+        let base = newest.get(&datasource).copied();
+        let mut id = [0xAA; 16];
+        id[..8].copy_from_slice(&number.to_le_bytes());
+        let changes: Content = (0..1 + random.below(12))
+            .map(|_| (random.below(300), random.below(super::CONTENTS + 1)))
+            .collect();
+        let order = Order { id: RecoveryPointId(id), datasource, base, blocks: 300, changes };
+        store(&pool, &order).unwrap();
+        let mut content = base.map(|base| made[&base].clone()).unwrap_or_default();
+        content.extend(&order.changes);
+        made.insert(order.id, content);
+        newest.insert(datasource, order.id);
+        rig.clock.advance(Duration::from_secs(3_600));
+        if number % 9 == 0
+            && let Some(base) = base
+        {
+            pool.delete_point(base, "golden").unwrap();
+            pool.reclaim(ReclaimOptions::default(), &rig.deletion()).unwrap();
+        }
+    }
+    let state = pool.state().clone();
+    let soft_delete = pool.settings().soft_delete;
+    made.retain(|id, _| state.points.get(id).is_some_and(|point| !state.is_expired(point, soft_delete)));
+    drop(pool);
+    Golden { snapshot: rig.files.snapshot(), rig, points: made }
+}
+
 /// The pool's files, and the kit, as a tar archive with fixed times and owners.
 pub fn archive(golden: &Golden, expected: &str) -> Vec<u8> {
     let kit = kit::write(&golden.rig.kit, "fixtures");

@@ -1,11 +1,16 @@
 //! One life: random histories of a pool with power cuts, kills and faults, and the ledger after each.
+//!
+//! A *crash point* is one accident at one place of a history, with one state of storage after it, against which the
+//! ledger was compared: every point listed, opened and read. Counted are accidents that came, not those that were
+//! planned behind the end of a round; of a power cut, each of the (at most [`STATES`]) different states compared.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use environment::SeededRandomness;
-use environment::simulated::{Failure, Operation, When};
+use environment::simulated::{Failure, Operation, SimulatedFiles, When};
 use model::{DatasourceId, RecoveryPointId};
 use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::Depth;
@@ -14,6 +19,8 @@ use storage_pool::{Access, Damage, Pool, PoolError, Settings};
 use super::{CONTENTS, Content, Elsewhere, Order, Rig, is_exact, store};
 
 const DAY: u64 = 86_400;
+/// States compared after a power cut, if there are so many; one of them is where life goes on.
+const STATES: usize = 3;
 
 /// What the ledger knows of a point.
 #[derive(Debug, Clone)]
@@ -30,11 +37,78 @@ struct Line {
 /// What happened in a life.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Figures {
-    /// Power cuts, kills and faults after which the ledger was compared.
-    pub crash_points: u64,
+    /// Power cuts, each with one state of storage after it.
+    pub power_cuts: u64,
+    /// Power cuts while coming back from one, the same.
+    pub cuts_coming_back: u64,
+    pub kills: u64,
+    /// Calls that failed: input and output errors, no space, syncs that threw away.
+    pub faults: u64,
     pub points: u64,
     pub freed_packs: u64,
     pub fenced: u64,
+}
+
+impl Figures {
+    /// As the head of this file says what one is.
+    pub fn crash_points(&self) -> u64 {
+        self.power_cuts + self.cuts_coming_back + self.kills + self.faults
+    }
+
+    fn add(&mut self, other: &Figures) {
+        self.power_cuts += other.power_cuts;
+        self.cuts_coming_back += other.cuts_coming_back;
+        self.kills += other.kills;
+        self.faults += other.faults;
+        self.points += other.points;
+        self.freed_packs += other.freed_packs;
+        self.fenced += other.fenced;
+    }
+}
+
+/// Lives many lives, `threads` at a time: those of the seeds from `first` on, until there were `points` crash points or
+/// the time is over. Returns their number and figures. An error says what was wrong and ends with the seed.
+pub fn live_many(
+    first: u64,
+    rounds: u64,
+    points: u64,
+    until: Instant,
+    threads: usize,
+) -> Result<(u64, Figures), String> {
+    let (next, total) = (AtomicU64::new(0), Mutex::new((0, Figures::default(), None)));
+    let locked = || total.lock().unwrap_or_else(PoisonError::into_inner);
+    let work = || {
+        loop {
+            {
+                let total = locked();
+                if total.2.is_some() || total.1.crash_points() >= points || Instant::now() > until {
+                    return;
+                }
+            }
+            let seed = first.wrapping_add(next.fetch_add(1, Ordering::Relaxed));
+            let lived = live(seed, rounds);
+            let mut total = locked();
+            match lived {
+                Ok(figures) => {
+                    total.0 += 1;
+                    total.1.add(&figures);
+                }
+                Err(wrong) => total.2 = Some((seed, wrong)),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(work);
+        }
+    });
+    let (lived, figures, failed) = total.into_inner().unwrap_or_else(PoisonError::into_inner);
+    match failed {
+        None => Ok((lived, figures)),
+        Some((seed, wrong)) => Err(format!(
+            "{wrong}\nreplay: cargo run -p storage-pool --example simulate -- --seed {seed} --lives 1 --rounds {rounds}"
+        )),
+    }
 }
 
 struct Life {
@@ -92,20 +166,26 @@ impl Life {
 
     fn round(&mut self) -> Result<(), String> {
         self.log.clear();
-        let now = self.rig.files.operations();
-        // Half of the accidents fall into the first operations: opening and the first record.
+        // The pool opens with many reads, and writes between many more: half of the accidents come to an operation that
+        // changes something, and of the others half early.
+        let (now, changes) = (self.rig.files.operations(), self.rig.files.changes());
         let reach = if self.below(2) == 0 { 60 } else { 500 };
         let site = now + 1 + self.below(reach);
+        let change = (self.below(2) == 0).then(|| changes + 1 + self.below(60));
         let accident = self.below(10);
-        match accident {
-            0..4 => self.rig.files.crash_at(site),
-            4..6 => self.rig.files.kill_at(site),
-            6 => self.rig.files.fail(When::At(site), Failure::Io),
-            7 => {
+        match (accident, change) {
+            (0..4, None) => self.rig.files.crash_at(site),
+            (0..4, Some(change)) => self.rig.files.crash_at_change(change),
+            (4..6, None) => self.rig.files.kill_at(site),
+            (4..6, Some(change)) => self.rig.files.kill_at_change(change),
+            (6, None) => self.rig.files.fail(When::At(site), Failure::Io),
+            (6, Some(change)) => self.rig.files.fail(When::AtChange(change), Failure::Io),
+            (7, _) => {
                 let failure = [Failure::IoAfter, Failure::NoSpace, Failure::Quota][self.below(3) as usize];
-                self.rig.files.fail(When::At(site), failure);
+                let when = change.map_or(When::At(site), When::AtChange);
+                self.rig.files.fail(when, failure);
             }
-            8 => {
+            (8, _) => {
                 let kind = [Operation::SyncFile, Operation::SyncFolder, Operation::Link, Operation::Append]
                     [self.below(4) as usize];
                 self.rig.files.fail(When::Next(kind), Failure::Io);
@@ -116,7 +196,7 @@ impl Life {
                 (self.is_volume_suspect, self.is_scarred) = (true, true);
             }
         }
-        self.log.push(format!("accident {accident} at {site}"));
+        self.log.push(format!("accident {accident} at {site}, {change:?}"));
         if self.below(12) == 0 {
             self.server = 3 - self.server;
         }
@@ -124,35 +204,50 @@ impl Life {
             Ok(pool) => self.work(&pool)?,
             Err(error) => self.log.push(format!("open: {error}")),
         }
+        let has_failed = self.rig.files.planned_failures() == 0;
         self.rig.files.clear_faults();
-        self.figures.crash_points += 1;
         if self.rig.files.is_off() {
-            self.reboot();
+            self.figures.power_cuts += self.reboot()?;
         } else if accident < 4 {
             // The cut was planned for later: it comes now, or the world goes on.
             if self.below(2) == 0 {
                 self.rig.files.cut_power();
-                self.reboot();
+                self.figures.power_cuts += self.reboot()?;
             } else {
-                self.rig.files.crash_at(u64::MAX);
+                self.rig.files.forget_crashes();
             }
         } else if accident < 6 {
             self.rig.files.kill();
             self.rig.files = self.rig.files.second_process();
+            self.figures.kills += 1;
+        } else if has_failed {
+            self.figures.faults += 1;
         }
         // Crashes while coming back (INV-4).
         while self.below(4) == 0 {
             self.rig.files.crash_at(self.rig.files.operations() + 1 + self.below(40));
             drop(self.rig.writer(self.server));
-            self.reboot();
-            self.figures.crash_points += 1;
+            self.figures.cuts_coming_back += self.reboot()?;
         }
-        self.check()
+        self.compare(&self.rig)?;
+        self.take_note()
     }
 
-    fn reboot(&mut self) {
-        self.rig.files.reboot(self.random.next_u64());
+    /// Compares the ledger with states in which storage may be after a power cut now, and comes back in one of them.
+    /// Returns how many it compared.
+    fn reboot(&mut self) -> Result<u64, String> {
+        self.rig.files.cut_power();
         self.is_volume_suspect = false;
+        let mut states = self.rig.files.crash_states(STATES).states;
+        let chosen = states.swap_remove(self.below(states.len() as u64) as usize);
+        for (number, state) in states.iter().enumerate() {
+            let other = self.rig.on(SimulatedFiles::from_snapshot(self.next, state));
+            self.compare(&other)
+                .map_err(|wrong| format!("in another state ({number}) after the cut: {wrong}"))?;
+        }
+        self.rig.files.reboot_into(&chosen);
+        self.compare(&self.rig)?;
+        Ok(states.len() as u64 + 1)
     }
 
     fn work(&mut self, pool: &Arc<Pool>) -> Result<(), String> {
@@ -358,9 +453,9 @@ impl Life {
         Ok(())
     }
 
-    /// The ledger against what is there, by the recovery kit alone; then what a writer finds counts as told.
-    fn check(&mut self) -> Result<(), String> {
-        let pool = self.rig.reader().map_err(|error| format!("does not open: {error}"))?;
+    /// The ledger against what is there, by the recovery kit alone.
+    fn compare(&self, rig: &Rig) -> Result<(), String> {
+        let pool = rig.reader().map_err(|error| format!("does not open: {error}"))?;
         let state = pool.state().clone();
         if !self.is_scarred && !pool.notes().is_empty() {
             return Err(format!("damage without any: {:?}", pool.notes()));
@@ -391,11 +486,11 @@ impl Life {
             .filter(|(id, line)| line.is_acknowledged && !state.points.contains_key(*id))
             .map(|(id, _)| *id)
             .collect();
-        if !missing.is_empty() {
-            return Err(format!("acknowledged and gone: {missing:?}"));
-        }
-        drop(pool);
-        // Whoever opens for writing may tell people what is there: from now on it must stay.
+        if missing.is_empty() { Ok(()) } else { Err(format!("acknowledged and gone: {missing:?}")) }
+    }
+
+    /// Whoever opens for writing may tell people what is there: from now on it must stay.
+    fn take_note(&mut self) -> Result<(), String> {
         if !self.is_volume_suspect && self.below(2) == 0 {
             let pool = self
                 .rig

@@ -23,6 +23,11 @@ use storage_pool::{
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
 pub const NOW: u64 = 1_790_000_000_000_000;
+/// How many threads there is work for.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get())
+}
+
 /// Different contents of blocks; few, so that points share.
 pub const CONTENTS: u64 = 24;
 /// Bytes at the head of a block that tell which it is.

@@ -80,6 +80,28 @@ pub fn flips(golden: &Golden, first: u64, step: u64, until: std::time::Instant) 
     Ok(flipped)
 }
 
+/// Flips bits at random, one at a time, until the time is over. Returns how many.
+pub fn random_flips(golden: &Golden, seed: u64, until: std::time::Instant) -> Result<u64, String> {
+    let rig = golden.rig.on(SimulatedFiles::from_snapshot(1, &golden.snapshot));
+    let random = environment::SeededRandomness::new(seed);
+    let files: Vec<(&str, u64)> =
+        golden.snapshot.files().map(|(name, bytes)| (name, bytes.len() as u64 * 8)).collect();
+    let mut flipped = 0;
+    while std::time::Instant::now() < until {
+        // Large files and small ones alike.
+        let (name, bits) = files[random.below(files.len() as u64) as usize];
+        if bits == 0 {
+            continue;
+        }
+        let bit = random.below(bits);
+        rig.files.flip_bit(name, bit).map_err(|error| error.to_string())?;
+        look(&rig, golden, &[name]).map_err(|wrong| format!("bit {bit} of {name}: {wrong}"))?;
+        rig.files.flip_bit(name, bit).map_err(|error| error.to_string())?;
+        flipped += 1;
+    }
+    Ok(flipped)
+}
+
 /// The golden pool with another set of files.
 pub fn changed(golden: &Golden, change: impl FnOnce(&mut Snapshot)) -> Rig {
     let mut snapshot = golden.snapshot.clone();
