@@ -28,16 +28,16 @@ pub struct Campaign {
 
 const FIVE_MINUTES: Duration = Duration::from_secs(300);
 
-/// All campaigns. Those of the program are in the shape of the suite's own build, so that nothing is built twice.
+/// All campaigns, in the shape of the suite's own build, so that nothing is built twice.
 pub const CAMPAIGNS: &[Campaign] = &[
     // 500,000 crash points: what counts as one stands in crates/storage-pool/tests/rig/life.rs.
     Campaign {
         name: "SIM: storage pool, lives with crashes and faults",
         slice: Some(
-            "run -q --locked -p storage-pool --example simulate -- --points 500000 --seed 1000000000 --result",
+            "SIM_POINTS=500000 SEED=1000000000 test -q --locked --workspace --test simulation -- lives_of_pools --nocapture",
         ),
         limit: Duration::from_secs(15 * 60),
-        night: "run -q --locked -p storage-pool --example simulate -- --seconds {seconds} --seed {seed} --threads 1 --result",
+        night: "SIM_SECONDS={seconds} SIM_THREADS=1 SEED={seed} test -q --locked --workspace --test simulation -- lives_of_pools --nocapture",
         share: 30,
         needs: None,
     },
@@ -45,15 +45,17 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "ENUM: storage pool, every crash state of every operation",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "test -q --locked -p storage-pool --test crash_states -- --nocapture --test-threads=1",
+        night: "test -q --locked --workspace --test crash_states -- --nocapture --test-threads=1",
         share: 0,
         needs: None,
     },
     Campaign {
         name: "ROT: storage pool, every bit of the golden pool",
-        slice: Some("run -q --locked -p storage-pool --example rot -- --result"),
+        slice: Some(
+            "ROT_STEP=1 test -q --locked --workspace --test rot -- flipped_bits_are_named --nocapture",
+        ),
         limit: Duration::from_secs(10 * 60),
-        night: "run -q --locked -p storage-pool --example rot -- --points 40 --seconds {seconds} --seed {seed} --threads 1 --result",
+        night: "ROT_POINTS=40 ROT_SECONDS={seconds} ROT_THREADS=1 SEED={seed} test -q --locked --workspace --test rot -- larger_pool --nocapture",
         share: 10,
         needs: None,
     },
@@ -80,7 +82,7 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "ROT: program, flipped bits in every file of the data folder",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "BITS=2 FIRST_SEED={seed} test -q --locked --workspace --test rot -- --nocapture",
+        night: "BITS=2 FIRST_SEED={seed} test -q --locked --workspace --test rot -- a_flipped_bit --nocapture",
         share: 5,
         needs: None,
     },
@@ -88,7 +90,7 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "synchronisation: lives of a machine, its tracker, host and pool",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "STILLPOINT_LIVES=2000 STILLPOINT_FIRST_SEED={seed} test -q --locked -p jobs --test simulation -- --nocapture",
+        night: "STILLPOINT_LIVES=2000 STILLPOINT_FIRST_SEED={seed} test -q --locked --workspace --test simulation -- whatever_happens --nocapture",
         share: 5,
         needs: None,
     },
@@ -96,7 +98,7 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "FUZZ: images of every format",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "FUZZ_SECONDS=60 FUZZ_SEED={seed} test -q --locked -p disk-image --test fuzz_slice -- --nocapture",
+        night: "FUZZ_SECONDS=60 FUZZ_SEED={seed} test -q --locked --workspace --test fuzz_slice -- --nocapture",
         share: 5,
         needs: None,
     },

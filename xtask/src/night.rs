@@ -40,7 +40,6 @@ pub fn run(minutes: u64, seed: u64, file: &Path) -> Result<(), String> {
     println!("night: {minutes} minutes, {cores} cores, seed {seed}, commit {commit}");
     // Everything once, so that no shift waits for a compiler.
     run::run(run::cargo().args(["test", "--locked", "--workspace", "--no-run"]))?;
-    run::run(run::cargo().args(["build", "--locked", "-p", "storage-pool", "--examples"]))?;
     let began = Instant::now();
     let total = minutes * 60 * cores as u64;
     let shares: u64 = CAMPAIGNS.iter().map(|campaign| campaign.share).sum();

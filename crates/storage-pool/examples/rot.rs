@@ -2,7 +2,7 @@
 //!
 //! `cargo run -p storage-pool --example rot -- [--step N] [--first N]`: every bit, or each N-th from one on.
 //! `cargo run -p storage-pool --example rot -- --points N [--seconds N] [--seed S]`: bits of a pool of N points.
-//! `[--threads N]`; `--result` adds a line that can be added up.
+//! `[--threads N]`
 #![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "../tests/rig/mod.rs"]
@@ -27,25 +27,15 @@ fn main() -> ExitCode {
     println!("{} files, {bytes} bytes", golden.snapshot.files().count());
     let begin = Instant::now();
     let until = begin + Duration::from_secs(value("--seconds").unwrap_or(1 << 30));
-    let flipped: Result<Vec<u64>, String> = std::thread::scope(|scope| {
-        let work: Vec<_> = (0..threads)
-            .map(|thread| {
-                let golden = &golden;
-                scope.spawn(move || match value("--points") {
-                    None => rig::rot::flips(golden, first + step * thread, step * threads, until),
-                    Some(_) => rig::rot::random_flips(golden, seed * 1000 + thread, until),
-                })
-            })
-            .collect();
-        work.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
+    let flipped = match value("--points") {
+        None => rig::rot::flips_at_once(&golden, first, step, until, threads),
+        Some(_) => {
+            rig::rot::at_once(threads, &|thread| rig::rot::random_flips(&golden, seed * 1000 + thread, until))
+        }
+    };
     match flipped {
         Ok(flipped) => {
-            let flipped: u64 = flipped.iter().sum();
             println!("{flipped} bits in {:.0} s", begin.elapsed().as_secs_f64());
-            if words.iter().any(|word| word == "--result") {
-                println!("result: {flipped} flipped bits");
-            }
             ExitCode::SUCCESS
         }
         Err(wrong) => {

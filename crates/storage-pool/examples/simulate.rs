@@ -2,7 +2,7 @@
 //! over. What counts as a crash point: `tests/rig/life.rs`.
 //!
 //! `cargo run -p storage-pool --example simulate -- [--points N] [--seconds N] [--seed S] [--rounds N] [--threads N]`,
-//! and to repeat one life `--seed S --lives 1`. `--result` adds a line that can be added up.
+//! and to repeat one life `--seed S --lives 1`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 #[path = "../tests/rig/mod.rs"]
@@ -38,12 +38,6 @@ fn main() -> ExitCode {
             let rate = points as f64 / begin.elapsed().as_secs_f64();
             println!("{lives} lives, {figures:?}");
             println!("{points} crash points, {rate:.0} a second");
-            if words.iter().any(|word| word == "--result") {
-                println!(
-                    "result: {points} crash points, {} power cuts, {} cuts while coming back, {} kills, {} failed calls, {lives} lives",
-                    figures.power_cuts, figures.cuts_coming_back, figures.kills, figures.faults
-                );
-            }
             ExitCode::SUCCESS
         }
         Err(wrong) => {

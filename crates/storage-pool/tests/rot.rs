@@ -7,14 +7,31 @@ use std::time::{Duration, Instant};
 
 use rig::golden::{self, Golden};
 use rig::is_exact;
-use rig::rot::{changed, flips, look};
+use rig::rot::{at_once, changed, flips_at_once, look, random_flips};
 
-/// A slice of all bits; the campaign `examples/rot.rs` flips every one.
+/// Each so-many-th bit; `ROT_STEP=1` flips every one, as the test command does in a step of its own.
 #[test]
 fn flipped_bits_are_named() {
-    let golden = golden::make();
-    let flipped = flips(&golden, 5, 17, Instant::now() + Duration::from_secs(60)).unwrap();
+    let (golden, step) = (golden::make(), rig::number("ROT_STEP").unwrap_or(17));
+    let until = Instant::now() + Duration::from_secs(if step == 17 { 60 } else { 1 << 30 });
+    let flipped = flips_at_once(&golden, 5, step, until, rig::cores() as u64).unwrap();
+    let bits: usize = golden.snapshot.files().map(|(_, bytes)| bytes.len() * 8).sum();
+    println!("\nresult: {flipped} flipped bits of {bits}");
     assert!(flipped > 5_000, "{flipped}");
+    assert!(step > 1 || flipped == bits as u64, "{flipped} of {bits}");
+}
+
+/// Bits at random of a larger pool, of `ROT_POINTS` points from `SEED`, for `ROT_SECONDS`.
+#[test]
+fn flipped_bits_of_a_larger_pool_are_named() {
+    let seed = rig::number("SEED").unwrap_or(1);
+    let golden = golden::make_large(seed, rig::number("ROT_POINTS").unwrap_or(20));
+    let until = Instant::now() + Duration::from_secs(rig::number("ROT_SECONDS").unwrap_or(2));
+    let threads = rig::number("ROT_THREADS").unwrap_or(rig::cores() as u64);
+    let flipped = at_once(threads, &|thread| random_flips(&golden, seed * 1000 + thread, until))
+        .unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+    println!("\nresult: {flipped} flipped bits of a larger pool");
+    assert!(flipped > 10, "{flipped}");
 }
 
 fn names(golden: &Golden) -> Vec<String> {

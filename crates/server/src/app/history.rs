@@ -606,3 +606,25 @@ fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
     ));
     Ok(Derived { rows })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::is_unfinished;
+
+    #[test]
+    fn a_copy_that_was_not_written_to_its_end_is_told_from_damage() {
+        let good: Vec<u8> = (0..10_000).map(|at| (at % 251 + 1) as u8).collect();
+        let mut page_missing = good.clone();
+        page_missing[4096..8192].fill(0);
+        assert!(is_unfinished(&[], &good));
+        assert!(is_unfinished(&good[..5000], &good));
+        assert!(is_unfinished(&vec![0; good.len()], &good));
+        assert!(is_unfinished(&page_missing, &good));
+        let mut flipped = good.clone();
+        flipped[4100] ^= 4;
+        assert!(!is_unfinished(&flipped, &good));
+        flipped[4100] = 0;
+        assert!(!is_unfinished(&flipped, &good));
+        assert!(!is_unfinished(&[good.clone(), vec![0]].concat(), &good));
+    }
+}

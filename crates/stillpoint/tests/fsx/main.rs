@@ -134,7 +134,7 @@ fn plan(mounted: &Mounted, kind: &str, number: u64, random: &SeededRandomness) -
         "a call fails, and happened" => storage.plan(once(Effect::FailsAfter(EIO))),
         "a sync fails and drops" => {
             let call = [Call::SyncFile, Call::SyncFolder][random.below(2) as usize];
-            let after = random.below(12);
+            let after = random.below(6);
             storage.plan(Fault { call: Some(call), path: "/pool/", after, times: 1, effect: Effect::Drops });
         }
         "no space" => {

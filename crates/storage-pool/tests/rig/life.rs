@@ -16,7 +16,7 @@ use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::Depth;
 use storage_pool::{Access, Damage, Pool, PoolError, Settings};
 
-use super::{CONTENTS, Content, Elsewhere, Order, Rig, is_exact, store};
+use super::{CONTENTS, Content, Elsewhere, Known, Order, Rig, is_exact, is_exact_knowing, store};
 
 const DAY: u64 = 86_400;
 /// States compared after a power cut, if there are so many; one of them is where life goes on.
@@ -204,6 +204,8 @@ impl Life {
             Ok(pool) => self.work(&pool)?,
             Err(error) => self.log.push(format!("open: {error}")),
         }
+        // A power cut compares by itself.
+        let mut is_compared = true;
         let has_failed = self.rig.files.planned_failures() == 0;
         self.rig.files.clear_faults();
         if self.rig.files.is_off() {
@@ -215,13 +217,20 @@ impl Life {
                 self.figures.power_cuts += self.reboot()?;
             } else {
                 self.rig.files.forget_crashes();
+                is_compared = false;
             }
-        } else if accident < 6 {
-            self.rig.files.kill();
-            self.rig.files = self.rig.files.second_process();
-            self.figures.kills += 1;
-        } else if has_failed {
-            self.figures.faults += 1;
+        } else {
+            is_compared = false;
+            if accident < 6 {
+                self.rig.files.kill();
+                self.rig.files = self.rig.files.second_process();
+                self.figures.kills += 1;
+            } else if has_failed {
+                self.figures.faults += 1;
+            }
+        }
+        if !is_compared {
+            self.compare(&self.rig)?;
         }
         // Crashes while coming back (INV-4).
         while self.below(4) == 0 {
@@ -229,7 +238,6 @@ impl Life {
             drop(self.rig.writer(self.server));
             self.figures.cuts_coming_back += self.reboot()?;
         }
-        self.compare(&self.rig)?;
         self.take_note()
     }
 
@@ -460,7 +468,7 @@ impl Life {
         if !self.is_scarred && !pool.notes().is_empty() {
             return Err(format!("damage without any: {:?}", pool.notes()));
         }
-        let soft_delete = pool.settings().soft_delete;
+        let (soft_delete, mut known) = (pool.settings().soft_delete, Known::new());
         for point in state.in_order() {
             let Some(line) = self.ledger.get(&point.id) else {
                 return Err(format!("point {} was never stored", point.id));
@@ -474,7 +482,7 @@ impl Life {
                 }
                 continue;
             }
-            match is_exact(&pool, point.id, &line.content) {
+            match is_exact_knowing(&pool, point.id, &line.content, &mut known) {
                 Ok(true) => {}
                 Ok(false) => return Err(format!("point {} has other bytes", point.id)),
                 Err(error) => return Err(format!("point {}: {error}", point.id)),

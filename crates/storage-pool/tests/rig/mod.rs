@@ -8,17 +8,19 @@ pub mod life;
 pub mod recipes;
 pub mod rot;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
 use block_io::BlockDevice;
 use environment::simulated::SimulatedFiles;
 use environment::{Entry, Files, FixedClock, Lock, NewFile, ReadFile, SeededRandomness};
 use model::{BLOCK_BYTES, Cause, Consistency, DatasourceId, RecoveryPointId, Timestamp};
+use storage_pool::chunk::ChunkId;
 use storage_pool::kit::Recipient;
 use storage_pool::reclaim::InProcessDeletion;
 use storage_pool::{
-    Access, FullCompare, Ingest, MapRoot, NewDisk, NewPoint, Pool, PoolError, Settings, World,
+    Access, FullCompare, Ingest, MapReader, MapRoot, NewDisk, NewPoint, Pool, PoolError, PoolNodes, Settings,
+    World,
 };
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
@@ -26,6 +28,12 @@ pub const NOW: u64 = 1_790_000_000_000_000;
 /// How many threads there is work for.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| cores.get())
+}
+
+/// A number of the environment.
+pub fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 /// Different contents of blocks; few, so that points share.
@@ -122,18 +130,42 @@ pub fn store(pool: &Arc<Pool>, order: &Order) -> Result<(), PoolError> {
     ingest.commit(order.id, new, vec![disk]).map(drop)
 }
 
+/// Chunks that were read from an opened pool, with the content that they were found to have.
+pub type Known = HashMap<ChunkId, u64>;
+
 /// Whether disk 0 of a point is exactly `content`. `Ok(false)`: other bytes, the worst there is.
 pub fn is_exact(pool: &Arc<Pool>, point: RecoveryPointId, content: &Content) -> Result<bool, String> {
+    is_exact_knowing(pool, point, content, &mut Known::new())
+}
+
+/// The same of several points of one opened pool: a chunk that they share is read and compared once.
+pub fn is_exact_knowing(
+    pool: &Arc<Pool>,
+    point: RecoveryPointId,
+    content: &Content,
+    known: &mut Known,
+) -> Result<bool, String> {
     let device = pool.open_disk(point, 0).map_err(|error| error.to_string())?;
+    let point = pool.point(point).map_err(|error| error.to_string())?;
+    let root = MapRoot { root: point.disks[0].root, levels: point.disks[0].levels };
+    let map = MapReader::new(PoolNodes::new(pool, point.domain), root);
     let mut buf = [0u8; 2 * HEAD];
     for at in 0..device.size() / BLOCK_BYTES {
+        let chunk = map.get(at).map_err(|error| error.to_string())?;
+        let expected = content.get(&at).copied().unwrap_or(0);
+        if chunk.is_some_and(|chunk| known.get(&chunk) == Some(&expected)) {
+            continue;
+        }
         device.read_at(at * BLOCK_BYTES, &mut buf).map_err(|error| error.to_string())?;
-        let expected = match content.get(&at) {
-            None | Some(0) => &[0u8; HEAD],
-            Some(&content) => &block(content).head,
+        let head = match expected {
+            0 => &[0u8; HEAD],
+            content => &block(content).head,
         };
-        if buf[..HEAD] != *expected || buf[HEAD..] != [0; HEAD] {
+        if buf[..HEAD] != *head || buf[HEAD..] != [0; HEAD] {
             return Ok(false);
+        }
+        if let Some(chunk) = chunk {
+            known.insert(chunk, expected);
         }
     }
     Ok(true)

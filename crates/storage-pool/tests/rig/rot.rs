@@ -80,6 +80,25 @@ pub fn flips(golden: &Golden, first: u64, step: u64, until: std::time::Instant) 
     Ok(flipped)
 }
 
+/// The same on several threads. Returns how many bits were flipped in all.
+pub fn flips_at_once(
+    golden: &Golden,
+    first: u64,
+    step: u64,
+    until: std::time::Instant,
+    threads: u64,
+) -> Result<u64, String> {
+    at_once(threads, &|thread| flips(golden, first + step * thread, step * threads, until))
+}
+
+/// Runs `work` with the number of each thread and adds up.
+pub fn at_once(threads: u64, work: &(dyn Fn(u64) -> Result<u64, String> + Sync)) -> Result<u64, String> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|thread| scope.spawn(move || work(thread))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    })
+}
+
 /// Flips bits at random, one at a time, until the time is over. Returns how many.
 pub fn random_flips(golden: &Golden, seed: u64, until: std::time::Instant) -> Result<u64, String> {
     let rig = golden.rig.on(SimulatedFiles::from_snapshot(1, &golden.snapshot));
