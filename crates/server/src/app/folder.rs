@@ -162,9 +162,12 @@ impl DataFolder {
             if options.writes { Access::Write { server, name: name.to_owned() } } else { Access::Read };
         let pool = Pool::open(world.clone(), &recipient, access).map_err(jobs::problem::pool)?;
         if options.writes {
-            FolderFiles::new(self.pool())
-                .sweep_staging()
-                .map_err(|error| io_problem(&self.pool(), "sweep staging in", &error))?;
+            // The key beside the pool comes into being as the pool's files do.
+            for place in [self.pool(), self.root.clone()] {
+                FolderFiles::new(&place)
+                    .sweep_staging()
+                    .map_err(|error| io_problem(&place, "sweep staging in", &error))?;
+            }
         }
         let mut damage: Vec<Damage> = secret_damage.into_iter().collect();
         damage.extend(pool.notes().iter().cloned());
