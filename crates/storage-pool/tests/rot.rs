@@ -31,7 +31,7 @@ fn flipped_bits_of_a_larger_pool_are_named() {
     let flipped = at_once(threads, &|thread| random_flips(&golden, seed * 1000 + thread, until))
         .unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
     println!("\nresult: {flipped} flipped bits of a larger pool");
-    assert!(flipped > 10, "{flipped}");
+    assert!(flipped > 0, "{flipped}");
 }
 
 fn names(golden: &Golden) -> Vec<String> {
