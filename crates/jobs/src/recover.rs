@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use block_io::Pace;
+use block_io::{BlockDevice, ByteRange, DeviceError, Pace};
 use model::{Code, Consistency, PointState, Problem, RangeSet};
-use storage_pool::Pool;
 use storage_pool::state::Point;
-use transfer::{Delivered, Delivery, DeliverySettings, Figures, LinkError, Progress};
+use storage_pool::{PointDevice, Pool};
+use transfer::{BlockHash, Delivered, Delivery, DeliverySettings, Figures, LinkError, PointDisk, Progress};
 
 use crate::port::{JobContext, LogLevel, ProtectedHost, ReceiveOrder};
 use crate::problem;
@@ -113,7 +113,7 @@ pub fn run(
             ),
         )
     })?;
-    let device = pool.open_disk(point.id, recovery.disk).map_err(problem::pool)?;
+    let device = PoolDisk(pool.open_disk(point.id, recovery.disk).map_err(problem::pool)?);
     let order = ReceiveOrder {
         job: context.id(),
         point: point.id,
@@ -179,4 +179,31 @@ pub fn run(
         );
     }
     Ok(Recovered { figures: report.figures, lost: report.lost, verified: report.verified })
+}
+
+/// A disk of a point as the delivery reads it: the hashes by which the pool proved its blocks go along.
+struct PoolDisk(PointDevice);
+
+impl BlockDevice for PoolDisk {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        self.0.logical_sector_size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
+        self.0.next_allocated(from)
+    }
+}
+
+impl PointDisk for PoolDisk {
+    fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError> {
+        Ok(self.0.read_hashed(first, buf)?.into_iter().map(BlockHash).collect())
+    }
 }

@@ -1,5 +1,9 @@
 //! Encoding and decoding the content of frames.
 
+use std::cell::RefCell;
+
+use zstd::bulk::Decompressor;
+
 use crate::format::FormatError;
 use crate::format::pack::PackKind;
 
@@ -23,13 +27,26 @@ pub fn encode(level: i32, content: &[u8]) -> (u8, Vec<u8>) {
 pub fn decode(codec: u8, bytes: &[u8], decoded: usize) -> Result<Vec<u8>, String> {
     let content = match codec {
         PLAIN => bytes.to_vec(),
-        ZSTD => zstd::bulk::decompress(bytes, decoded).map_err(|error| format!("zstd: {error}"))?,
+        ZSTD => decompress(bytes, decoded).map_err(|error| format!("zstd: {error}"))?,
         other => return Err(format!("codec {other} is unknown")),
     };
     if content.len() != decoded {
         return Err(format!("decodes to {} bytes, expected {decoded}", content.len()));
     }
     Ok(content)
+}
+
+thread_local! {
+    /// Made once a thread: it has memory of its own that every frame would ask for and clear.
+    static DECODER: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// At most `capacity` bytes out of one zstd frame.
+fn decompress(bytes: &[u8], capacity: usize) -> std::io::Result<Vec<u8>> {
+    DECODER.with_borrow_mut(|decoder| match decoder {
+        Some(decoder) => decoder.decompress(bytes, capacity),
+        None => decoder.insert(Decompressor::new()?).decompress(bytes, capacity),
+    })
 }
 
 /// Content of a frame of nodes: their lengths, then they.

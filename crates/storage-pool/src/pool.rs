@@ -862,6 +862,17 @@ impl Pool {
         id: &ChunkId,
         out: &mut dyn FnMut(&[u8]),
     ) -> Result<(), PoolError> {
+        self.read_hashed(keys, kind, id, &mut |bytes, _| out(bytes))
+    }
+
+    /// The same, with the plain hash that was computed for the proof.
+    pub(crate) fn read_hashed(
+        &self,
+        keys: &DomainKeys,
+        kind: ChunkKind,
+        id: &ChunkId,
+        out: &mut dyn FnMut(&[u8], &[u8; 32]),
+    ) -> Result<(), PoolError> {
         let held = self.tables().find(id);
         if let Some(place) = held
             && self.try_place(keys, kind, id, place, out).is_ok()
@@ -892,7 +903,7 @@ impl Pool {
         kind: ChunkKind,
         id: &ChunkId,
         place: Location,
-        out: &mut dyn FnMut(&[u8]),
+        out: &mut dyn FnMut(&[u8], &[u8; 32]),
     ) -> Result<(), PoolError> {
         let pack_kind = match kind {
             ChunkKind::Block => PackKind::Blocks,
@@ -907,10 +918,11 @@ impl Pool {
         let chunk = frame
             .chunk(place.slot())
             .ok_or_else(|| wrong(format!("the frame has no chunk {}", place.slot())))?;
-        if keys.chunk_id(kind, blake3::hash(chunk).as_bytes()) != *id {
+        let hash = blake3::hash(chunk);
+        if keys.chunk_id(kind, hash.as_bytes()) != *id {
             return Err(wrong(format!("the chunk in place {} is not {id}", place.slot())));
         }
-        out(chunk);
+        out(chunk, hash.as_bytes());
         Ok(())
     }
 

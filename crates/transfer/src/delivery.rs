@@ -22,10 +22,11 @@ use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
 use crate::digest::ContentDigest;
 use crate::frame::Packer;
+use crate::hasher::is_zero;
 use crate::message::{FromTarget, MAX_RUNS, Run, ToTarget};
 use crate::scan::{BatchData, Budget, Permit, READ_BLOCKS, push_run, walk};
 use crate::steer::Order;
-use crate::{BLOCK, FRAME_BLOCKS, Figures, Link, LinkError, Progress, Steer, blocks_of};
+use crate::{BLOCK, BlockHash, FRAME_BLOCKS, Figures, Link, LinkError, Progress, Steer, blocks_of};
 
 /// How a point is delivered.
 #[derive(Clone)]
@@ -109,7 +110,7 @@ type TargetLink = dyn Link<ToTarget, FromTarget>;
 
 /// Delivers one recovery point's disk to one target.
 pub struct Delivery<'a> {
-    point: &'a dyn BlockDevice,
+    point: &'a dyn PointDisk,
     settings: DeliverySettings,
     progress: &'a dyn Progress,
     steer: Steer,
@@ -139,11 +140,24 @@ fn broken<T>(what: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Error(DeliveryError::ProtocolBroken(what.into())))
 }
 
+/// Blocks as they were read, each with its hash.
+struct Blocks {
+    bytes: Vec<u8>,
+    hashes: Vec<BlockHash>,
+}
+
+/// A disk of a recovery point, as a store gives it.
+pub trait PointDisk: BlockDevice {
+    /// Fills `buf` with whole blocks from block `first` on and gives the hash of each, computed by this process from these very
+    /// bytes: a store that proves what it reads has it already. The tail of the disk is padded with zeros.
+    fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError>;
+}
+
 /// What the reader hands over, ascending and without a gap.
 enum Read {
     Zeros { first: u64, blocks: u64 },
     Lost { first: u64, range: ByteRange },
-    Data { first: u64, data: Vec<u8>, permit: Permit },
+    Data { first: u64, data: Blocks, permit: Permit },
     Failed(DeviceError),
 }
 
@@ -165,7 +179,7 @@ struct Outstanding {
 impl<'a> Delivery<'a> {
     /// A delivery of `point`.
     pub fn new(
-        point: &'a dyn BlockDevice,
+        point: &'a dyn PointDisk,
         settings: DeliverySettings,
         progress: &'a dyn Progress,
         steer: Steer,
@@ -347,12 +361,15 @@ impl<'a> Delivery<'a> {
             }
             Read::Zeros { first, blocks } => self.pass_zeros(sending, first, blocks)?,
             Read::Data { first, data, permit } => {
-                let count = (data.len() / BLOCK) as u64;
-                self.report.figures.bytes_read += data.len() as u64;
+                let Blocks { bytes, hashes } = data;
+                let count = (bytes.len() / BLOCK) as u64;
+                self.report.figures.bytes_read += bytes.len() as u64;
+                let blocks = bytes.chunks_exact(BLOCK).zip(hashes);
+                let hashes = blocks.map(|(block, hash)| (!is_zero(block)).then_some(hash)).collect();
                 let mut held = BatchData::default();
                 let (digest, digest_to) = (&mut self.digest, self.digest_to);
                 let runs = &mut sending.runs;
-                held.add(first, data, permit, |block, hash| {
+                held.add_hashed(first, bytes, hashes, permit, |block, hash| {
                     let run = match hash {
                         Some(hash) => {
                             if block >= digest_to {
@@ -527,28 +544,31 @@ const READS_AHEAD: usize = 8;
 /// What the point is made of, in order; data is still being read.
 enum Queued {
     Now(Read),
-    Later { first: u64, count: u64, permit: Permit, reply: Receiver<Result<Vec<u8>, DeviceError>> },
+    Later { first: u64, count: u64, permit: Permit, reply: Receiver<Result<Blocks, DeviceError>> },
 }
 
 /// One read of adjacent blocks.
 struct Task {
     first: u64,
     count: u64,
-    reply: Sender<Result<Vec<u8>, DeviceError>>,
+    reply: Sender<Result<Blocks, DeviceError>>,
 }
 
-fn read_blocks(point: &dyn BlockDevice, first: u64, count: u64) -> Result<Vec<u8>, DeviceError> {
-    let mut data = vec![0; count as usize * BLOCK];
-    let offset = first * BLOCK_BYTES;
-    let length = point.size().saturating_sub(offset).min(count * BLOCK_BYTES) as usize;
-    point.read_at(offset, &mut data[..length])?;
-    Ok(data)
+fn read_blocks(point: &dyn PointDisk, first: u64, count: u64) -> Result<Blocks, DeviceError> {
+    let mut bytes = vec![0; count as usize * BLOCK];
+    let hashes = point.read_hashed(first, &mut bytes)?;
+    if hashes.len() as u64 != count {
+        let reason = format!("{} blocks have {} hashes", count, hashes.len());
+        let (offset, length) = (first * BLOCK_BYTES, count * BLOCK_BYTES);
+        return Err(DeviceError::Damaged { object: "the recovery point".to_owned(), offset, length, reason });
+    }
+    Ok(Blocks { bytes, hashes })
 }
 
 /// Starts the threads that read `point` from block `from` on and hand over what they find, in order.
 fn start_reading<'scope>(
     scope: &'scope std::thread::Scope<'scope, '_>,
-    point: &'scope dyn BlockDevice,
+    point: &'scope dyn PointDisk,
     from: u64,
     budget: &'scope Arc<Budget>,
     stop: &'scope AtomicBool,
@@ -573,7 +593,7 @@ fn start_reading<'scope>(
 }
 
 /// Hands on what is queued, waiting for the reads; where one fails by damage, block by block.
-fn in_order(point: &dyn BlockDevice, queued: &Receiver<Queued>, out: &Sender<Read>) {
+fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>) {
     for item in queued {
         let read = match item {
             Queued::Now(read) => read,
@@ -614,7 +634,7 @@ fn in_order(point: &dyn BlockDevice, queued: &Receiver<Queued>, out: &Sender<Rea
 }
 
 struct PointReader<'s> {
-    point: &'s dyn BlockDevice,
+    point: &'s dyn PointDisk,
     budget: &'s Arc<Budget>,
     stop: &'s AtomicBool,
     queue: Sender<Queued>,

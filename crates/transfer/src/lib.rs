@@ -37,7 +37,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use delivery::{Delivered, Delivery, DeliveryError, DeliveryReport, DeliverySettings};
+pub use delivery::{Delivered, Delivery, DeliveryError, DeliveryReport, DeliverySettings, PointDisk};
 pub use encoded::{Encoded, Message, Wire};
 pub use figures::{Figures, Progress, Silent};
 pub use frame::Payload;

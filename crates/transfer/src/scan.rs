@@ -316,11 +316,23 @@ impl BatchData {
         &mut self,
         first: u64,
         data: Vec<u8>,
+        permit: Permit,
+        place: impl FnMut(u64, Option<BlockHash>),
+    ) {
+        let hashed =
+            data.chunks_exact(BLOCK).map(|block| (!is_zero(block)).then(|| hash_block(block))).collect();
+        self.add_hashed(first, data, hashed, permit, place);
+    }
+
+    /// The same for blocks that were hashed when they were read; `None` for zeros.
+    pub(crate) fn add_hashed(
+        &mut self,
+        first: u64,
+        data: Vec<u8>,
+        hashed: Vec<Option<BlockHash>>,
         mut permit: Permit,
         mut place: impl FnMut(u64, Option<BlockHash>),
     ) {
-        let hashed: Vec<Option<BlockHash>> =
-            data.chunks_exact(BLOCK).map(|block| (!is_zero(block)).then(|| hash_block(block))).collect();
         let zeros = hashed.iter().filter(|hash| hash.is_none()).count();
         // Blocks of zeros give their memory back at once, so what is kept must not hold on to it.
         let data = if zeros == 0 {

@@ -158,8 +158,15 @@ type ServerLink = Arc<dyn Link<ToServer, ToAgent>>;
 
 enum Event {
     Incoming(u64, Result<ToAgent, LinkError>),
-    Packed { generation: u64, batch: u64, indexes: Vec<u16>, payload: Payload },
+    Packed(Vec<Packed>),
     Cancelled,
+}
+
+struct Packed {
+    generation: u64,
+    batch: u64,
+    indexes: Vec<u16>,
+    payload: Payload,
 }
 
 struct Job {
@@ -169,6 +176,16 @@ struct Job {
     plain: Bytes,
     hashes: Vec<BlockHash>,
 }
+
+impl Job {
+    fn pack(self, packer: &mut Packer) -> Packed {
+        let Job { generation, batch, indexes, plain, hashes } = self;
+        Packed { generation, batch, indexes, payload: packer.pack(plain, hashes) }
+    }
+}
+
+/// Frames that a worker hands over together at most.
+const PACKED_AT_ONCE: usize = 4;
 
 enum PassEnd {
     Done,
@@ -223,13 +240,19 @@ impl Sender {
             }
         });
         std::thread::scope(|scope| {
-            for _ in 0..self.settings.workers {
+            let workers = self.settings.workers;
+            for _ in 0..workers {
                 let (jobs, events) = (jobs_out.clone(), events_in.clone());
                 scope.spawn(move || {
                     let mut packer = Packer::new(self.settings.level);
-                    for Job { generation, batch, indexes, plain, hashes } in jobs {
-                        let payload = packer.pack(plain, hashes);
-                        if events.send(Event::Packed { generation, batch, indexes, payload }).is_err() {
+                    for first in &jobs {
+                        let mut packed = vec![first.pack(&mut packer)];
+                        // As long as nobody waits for it, several at once: each word between threads costs both of them.
+                        while packed.len() < PACKED_AT_ONCE && jobs.len() >= PACKED_AT_ONCE * workers {
+                            let Ok(next) = jobs.try_recv() else { break };
+                            packed.push(next.pack(&mut packer));
+                        }
+                        if events.send(Event::Packed(packed)).is_err() {
                             break;
                         }
                     }
@@ -540,14 +563,16 @@ impl<'scope, 'env> Driver<'scope, 'env, '_> {
         }
         match event {
             Event::Cancelled => Ok(()),
-            Event::Incoming(generation, _) | Event::Packed { generation, .. }
-                if generation != self.generation =>
-            {
-                Ok(())
-            }
+            Event::Incoming(generation, _) if generation != self.generation => Ok(()),
             Event::Incoming(_, Err(why)) => self.broken(why),
             Event::Incoming(_, Ok(message)) => self.message(message),
-            Event::Packed { batch, indexes, payload, .. } => self.packed(batch, indexes, payload),
+            Event::Packed(frames) => frames.into_iter().try_for_each(|frame| {
+                // A link that broke on the one before makes the others those of an old one.
+                if frame.generation != self.generation {
+                    return Ok(());
+                }
+                self.packed(frame.batch, frame.indexes, frame.payload)
+            }),
         }
     }
 
@@ -634,10 +659,11 @@ impl<'scope, 'env> Driver<'scope, 'env, '_> {
         for index in blocks.ones() {
             let place = |index: u16| announced.data.places.get(usize::from(index)).copied();
             let index = index as u16;
-            let adjacent = group.last().is_some_and(|&last| {
-                last + 1 == index && place(last).and_then(|place| place.checked_add(1)) == place(index)
-            });
-            if !group.is_empty() && (!adjacent || group.len() == FRAME_BLOCKS) {
+            let is_near = group
+                .last()
+                .and_then(|&last| place(index)?.checked_sub(place(last)?))
+                .is_some_and(|distance| distance <= NEAR_BLOCKS);
+            if !group.is_empty() && (!is_near || group.len() == FRAME_BLOCKS) {
                 self.queue.push_back((batch, std::mem::take(&mut group)));
             }
             group.push(index);
@@ -700,6 +726,10 @@ impl<'scope, 'env> Driver<'scope, 'env, '_> {
         self.send(ToServer::Frame { batch, indexes, payload })
     }
 }
+
+/// Blocks of which one comes at most so many behind the other are packed together: small changes side by side compress better
+/// than each alone, and who reads one of them soon reads the others.
+const NEAR_BLOCKS: u64 = 16;
 
 /// Reads all disks as ordered, or in full.
 fn read_pass(

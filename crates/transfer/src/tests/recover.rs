@@ -18,6 +18,31 @@ struct Outcome {
     messages: u64,
 }
 
+/// A point whose blocks are hashed when they are read.
+struct Point<'a>(&'a dyn BlockDevice);
+
+impl BlockDevice for Point<'_> {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
+        self.0.read_at(offset, buf)
+    }
+    fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
+        self.0.next_allocated(from)
+    }
+}
+
+impl PointDisk for Point<'_> {
+    fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError> {
+        let offset = first * BLOCK_BYTES;
+        let length = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        self.read_at(offset, &mut buf[..length])?;
+        buf[length..].fill(0);
+        Ok(buf.chunks_exact(BLOCK).map(hash_block).collect())
+    }
+}
+
 fn recover(
     point: &dyn BlockDevice,
     target: &dyn WritableDevice,
@@ -27,7 +52,8 @@ fn recover(
     chaos: &Arc<Chaos>,
 ) -> Outcome {
     let (links_in, links) = unbounded::<Arc<dyn Link<ToTarget, FromTarget>>>();
-    let mut delivery = Delivery::new(point, settings, &Silent, Steer::new());
+    let point = Point(point);
+    let mut delivery = Delivery::new(&point, settings, &Silent, Steer::new());
     std::thread::scope(|scope| {
         let server = scope.spawn(|| {
             let mut result = None;
