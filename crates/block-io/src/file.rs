@@ -12,7 +12,12 @@ pub struct FileDevice {
     path: PathBuf,
     size: u64,
     writable: bool,
+    spares_cache: bool,
 }
+
+/// Reads of this size and more are of data that is read once; smaller ones are of an image's tables, which are read
+/// again and again.
+const LARGE_READ: usize = 64 * 1024;
 
 impl FileDevice {
     /// Opens `path` for reading. A block device works as well as a file.
@@ -37,7 +42,17 @@ impl FileDevice {
         use std::io::Seek;
         // The end of a block device is found by seeking; its metadata says 0.
         let size = file.seek(io::SeekFrom::End(0))?;
-        Ok(FileDevice { file, path: path.to_owned(), size, writable })
+        Ok(FileDevice { file, path: path.to_owned(), size, writable, spares_cache: false })
+    }
+
+    /// The same file, with large reads that leave the system's page cache as they found it: what was in memory stays,
+    /// what was not is let go again. Where the system cannot tell what is in memory, reads are plain ones.
+    ///
+    /// For a file that is read once from one end to the other, such as the disk of a running machine: otherwise its
+    /// pages push out those that the machines of the host use.
+    pub fn sparing_cache(mut self) -> FileDevice {
+        self.spares_cache = sys::read_only_what_is_asked(&self.file).is_ok();
+        self
     }
 
     /// The name the file was opened by.
@@ -68,8 +83,13 @@ impl BlockDevice for FileDevice {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         DeviceError::check_bounds(offset, buf.len() as u64, self.size)?;
-        sys::read_exact_at(&self.file, offset, buf)
-            .map_err(|source| self.error("read", offset, buf.len() as u64, source))
+        let length = buf.len();
+        let result = if self.spares_cache && length >= LARGE_READ {
+            sys::read_sparing_cache(&self.file, offset, buf)
+        } else {
+            sys::read_exact_at(&self.file, offset, buf)
+        };
+        result.map_err(|source| self.error("read", offset, length as u64, source))
     }
 
     fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
@@ -130,6 +150,71 @@ pub(crate) mod sys {
 
     pub fn write_all_at(file: &File, offset: u64, buf: &[u8]) -> io::Result<()> {
         file.write_all_at(buf, offset)
+    }
+
+    /// Switches reading ahead off. With it nobody could tell pages that it brought from those that were in use.
+    #[cfg(target_os = "linux")]
+    pub fn read_only_what_is_asked(file: &File) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::Random)?)
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn read_only_what_is_asked(_file: &File) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Reads, and lets go of the pages that were not in memory before.
+    ///
+    /// Each piece is first read as far as it is in memory, which also starts the reading of the rest of it from the
+    /// disk; then what is missing is waited for, and let go. In a piece the first page that is missing decides about
+    /// those behind it.
+    #[cfg(target_os = "linux")]
+    pub fn read_sparing_cache(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        use std::io::IoSliceMut;
+        use std::num::NonZeroU64;
+
+        use rustix::fs::{Advice, fadvise};
+        use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+        /// The unit of what is kept and let go.
+        const PIECE: u64 = 64 * 1024;
+        let mut missing: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut at = 0;
+        while at < buf.len() {
+            let begin = offset + at as u64;
+            let end = buf.len().min(at + (PIECE - begin % PIECE) as usize);
+            let mut piece = [IoSliceMut::new(&mut buf[at..end])];
+            let found = match preadv2(file, &mut piece, begin, ReadWriteFlags::NOWAIT) {
+                Ok(found) => found,
+                Err(Errno::AGAIN | Errno::INTR) => 0,
+                // A file system that cannot tell (NFS, FUSE), or a system older than the question.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                    return read_exact_at(file, offset, buf);
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if at + found < end {
+                match missing.last_mut() {
+                    Some(last) if last.end == at + found => last.end = end,
+                    _ => missing.push(at + found..end),
+                }
+            }
+            at = end;
+        }
+        for range in &missing {
+            read_exact_at(file, offset + range.start as u64, &mut buf[range.clone()])?;
+        }
+        for range in &missing {
+            let length = NonZeroU64::new(range.len() as u64);
+            // Advice: a page that stays does no harm.
+            let _ = fadvise(file, offset + range.start as u64, length, Advice::DontNeed);
+        }
+        Ok(())
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    pub fn read_sparing_cache(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        read_exact_at(file, offset, buf)
     }
 
     pub fn next_data(file: &File, from: u64, size: u64) -> io::Result<Option<ByteRange>> {
@@ -206,6 +291,15 @@ pub(crate) mod sys {
             }
         }
         Ok(())
+    }
+
+    /// What the cache keeps is decided when a file is opened: whoever opens one asks for a sequential scan.
+    pub fn read_only_what_is_asked(_file: &File) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    pub fn read_sparing_cache(file: &File, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        read_exact_at(file, offset, buf)
     }
 
     pub fn next_data(_file: &File, from: u64, size: u64) -> io::Result<Option<ByteRange>> {

@@ -108,7 +108,7 @@ fn device(source: &OpenSource) -> Result<Arc<dyn BlockDevice>, ProviderError> {
     let failed =
         |error: io::Error| ProviderError::source(source.path.display().to_string(), "open it", &error);
     let file = source.file.try_clone().map_err(failed)?;
-    Ok(Arc::new(FileDevice::from_file(file, &source.path, false).map_err(failed)?))
+    Ok(Arc::new(FileDevice::from_file(file, &source.path, false).map_err(failed)?.sparing_cache()))
 }
 
 /// Copies a file without copying its bytes. `Err` tells why that cannot be done here.
@@ -121,7 +121,7 @@ fn reflink(source: &OpenSource, job: JobId, number: u32) -> Result<Arc<dyn Block
         format!("the file system of {} makes no reflinks: {error}", source.path.display())
     })?;
     let copy = FileDevice::from_file(copy, &source.path, false).map_err(|error| error.to_string())?;
-    Ok(Arc::new(copy))
+    Ok(Arc::new(copy.sparing_cache()))
 }
 
 #[cfg(not(unix))]

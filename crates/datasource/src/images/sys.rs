@@ -236,12 +236,18 @@ mod windows {
 
     /// Others may read, not write, rename or delete.
     const FILE_SHARE_READ: u32 = 1;
+    /// Pages that were read are the first to go, so that a scan does not push out what the host's machines use.
+    const FILE_FLAG_SEQUENTIAL_SCAN: u32 = 0x0800_0000;
     /// Somebody has the file open in a way that this excludes.
     const ERROR_SHARING_VIOLATION: i32 = 32;
 
     /// Opens a source so that nobody may write to it until it is closed; fails if somebody may already.
     pub fn open(path: &Path) -> io::Result<File> {
-        let opened = std::fs::OpenOptions::new().read(true).share_mode(FILE_SHARE_READ).open(path);
+        let opened = std::fs::OpenOptions::new()
+            .read(true)
+            .share_mode(FILE_SHARE_READ)
+            .custom_flags(FILE_FLAG_SEQUENTIAL_SCAN)
+            .open(path);
         opened.map_err(|error| match error.raw_os_error() {
             Some(ERROR_SHARING_VIOLATION) => io::Error::new(io::ErrorKind::ResourceBusy, error),
             _ => error,
