@@ -11,6 +11,7 @@
 
 pub mod audit_choice;
 pub mod id;
+pub mod noise;
 pub mod point;
 pub mod problem;
 pub mod range;

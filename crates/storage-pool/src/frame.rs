@@ -15,8 +15,11 @@ pub const PLAIN: u8 = 0;
 /// One zstd frame.
 pub const ZSTD: u8 = 1;
 
-/// Encodes `content`: zstd if that saves at least a thirtieth, else plain.
+/// Encodes `content`: zstd if that saves at least a thirtieth, else plain. What looks like noise is not tried.
 pub fn encode(level: i32, content: &[u8]) -> (u8, Vec<u8>) {
+    if model::noise::is_noise(content) {
+        return (PLAIN, content.to_vec());
+    }
     match zstd::bulk::compress(content, level) {
         Ok(small) if small.len() < content.len() - content.len() / 30 => (ZSTD, small),
         _ => (PLAIN, content.to_vec()),

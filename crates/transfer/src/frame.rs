@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 
 use bytes::Bytes;
+use model::noise::is_noise;
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::CParameter;
 
@@ -161,16 +162,37 @@ impl Packer {
     }
 
     /// Packs whole blocks, hashed by this process. Plain unless compression saves at least 3 %: decoding costs
-    /// every later reader.
+    /// every later reader. What looks like noise is not tried.
     pub(crate) fn pack(&mut self, plain: Bytes, hashes: Vec<BlockHash>) -> Payload {
         let blocks = hashes.len();
         let proof = Some(Hashed::vouched(hashes));
         if let Some(compressor) = &mut self.compressor
+            && !is_noise(&plain)
             && let Ok(packed) = compressor.compress(&plain)
             && packed.len() < plain.len() / 100 * 97
         {
             return Payload { codec: Codec::Zstd, bytes: packed.into(), blocks, proof };
         }
         Payload { codec: Codec::Plain, bytes: plain, blocks, proof }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Noise that stands twice in a frame would shrink to half: that it is kept plain shows that nobody tried.
+    #[test]
+    fn what_looks_like_noise_is_not_compressed() {
+        let mut half = vec![0; 2 * BLOCK];
+        blake3::Hasher::new().finalize_xof().fill(&mut half);
+        let plain = [half.clone(), half].concat();
+        let pack = |plain: &[u8]| {
+            let hashes = plain.chunks_exact(BLOCK).map(hash_block).collect();
+            Packer::new(Some(3)).pack(Bytes::copy_from_slice(plain), hashes)
+        };
+        assert_eq!(pack(&plain).codec(), Codec::Plain);
+        let seven: Vec<u8> = plain.iter().map(|byte| byte & 127).collect();
+        assert_eq!(pack(&seven).codec(), Codec::Zstd);
     }
 }
