@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use block_io::{BlockDevice, ThrottledDevice, WritableDevice};
 use datasource::{
     DiskDescription, FreezeMethod, FreezeRequest, FrozenView, Images, MachineDescription, MachineSpec,
     Provider, Source, TargetRequest,
@@ -18,6 +19,8 @@ use transfer::{
     Connector, DiskOrder, Sender, SenderError, SenderSettings, Steer, Target, TargetError, TargetSettings,
 };
 
+use crate::cpu::{Restraint, lower_priority};
+
 /// How long a recovery waits for another one to leave its target.
 const TARGET_GRACE: std::time::Duration = std::time::Duration::from_secs(15);
 
@@ -27,6 +30,7 @@ pub struct Host {
     clock: Arc<dyn Clock>,
     randomness: Arc<dyn Randomness>,
     running: Mutex<Vec<(JobId, Steer)>>,
+    restraint: Restraint,
 }
 
 /// What a host told about a machine that it sent.
@@ -79,7 +83,13 @@ fn cancelled() -> Problem {
 impl Host {
     /// A host with the providers that this program has.
     pub fn new(clock: Arc<dyn Clock>, randomness: Arc<dyn Randomness>) -> Host {
-        Host { images: Images::new(), clock, randomness, running: Mutex::default() }
+        let (running, restraint) = (Mutex::default(), Restraint::default());
+        Host { images: Images::new(), clock, randomness, running, restraint }
+    }
+
+    /// The same host, held back.
+    pub fn restrained(self, restraint: Restraint) -> Host {
+        Host { restraint, ..self }
     }
 
     /// Names of the providers.
@@ -129,6 +139,10 @@ impl Host {
         settings: SenderSettings,
         connector: &mut dyn Connector<ToServer, ToAgent>,
     ) -> Result<Sent, Problem> {
+        if self.restraint.low_priority {
+            // This thread and the transfer's, which it starts, end with the order.
+            lower_priority();
+        }
         let view =
             self.provider(machine).freeze(machine, &FreezeRequest { job, wanted }).map_err(Problem::from)?;
         if view.disks().len() != orders.len() {
@@ -143,7 +157,11 @@ impl Host {
             )
             .about(machine.name.clone()));
         }
-        let disks = view.disks().iter().map(|disk| disk.device.clone()).zip(orders).collect();
+        let paced = |device: &Arc<dyn BlockDevice>| match &self.restraint.cpu {
+            Some(cpu) => Arc::new(ThrottledDevice::new(device.clone(), cpu.clone())) as Arc<dyn BlockDevice>,
+            None => device.clone(),
+        };
+        let disks = view.disks().iter().map(|disk| paced(&disk.device)).zip(orders).collect();
         let sender = Sender::new(disks, settings);
         let running = self.begin(job, sender.steer());
         let result = sender.run(connector);
@@ -224,7 +242,15 @@ impl Host {
         let device = target.device();
         let steer = Steer::new();
         let running = self.begin(order.job, steer.clone());
-        let result = Target::new(&*device, TargetSettings { fresh: target.fresh() }, steer).run(connector);
+        let paced;
+        let written: &dyn WritableDevice = match &self.restraint.cpu {
+            Some(cpu) => {
+                paced = ThrottledDevice::new(&*device, cpu.clone());
+                &paced
+            }
+            None => &*device,
+        };
+        let result = Target::new(written, TargetSettings { fresh: target.fresh() }, steer).run(connector);
         drop(running);
         match result {
             Ok(_) => {}

@@ -172,8 +172,13 @@ fn dispatch(words: &Words, program: &dyn Program, output: &Output) -> Result<u8,
                 EnrollOptions { server, token: token.clone(), state: state.clone(), name: name.clone() };
             done(program.agent_enroll(&options, output))
         }
-        Command::Agent(AgentCommand::Run { state }) => {
-            done(program.agent_run(&AgentOptions { state: state.clone() }, output))
+        Command::Agent(AgentCommand::Run { state, normal_priority }) => {
+            let options = AgentOptions {
+                state: state.clone(),
+                normal_priority: *normal_priority,
+                cpu_limit: globals.cpu_limit,
+            };
+            done(program.agent_run(&options, output))
         }
         Command::Recover(RecoverCommand::Disk(args)) if args.pool.is_some() => {
             break_glass(args, program, output)
@@ -320,6 +325,7 @@ fn over_api(
                 pool: globals.pool_id,
                 writes,
                 wait: globals.wait,
+                cpu_limit: globals.cpu_limit,
                 accepts_older_pool: matches!(command, Command::Catalog(_)),
             };
             let opened = program.open_standalone(&options)?;

@@ -40,6 +40,8 @@ pub struct StandaloneOptions {
     pub writes: bool,
     /// Wait for another writer instead of failing with `PoolBusy`.
     pub wait: bool,
+    /// Percent of one core that the host's part of the work may take.
+    pub cpu_limit: Option<u32>,
     /// Take a pool that is older than the catalog knows as it is now, instead of failing with `PoolRolledBack`: only
     /// `catalog rebuild` says so.
     pub accepts_older_pool: bool,
@@ -103,6 +105,10 @@ pub struct EnrollOptions {
 pub struct AgentOptions {
     /// The agent's state folder; the system's usual one if absent.
     pub state: Option<PathBuf>,
+    /// Protect at the priority of other programs.
+    pub normal_priority: bool,
+    /// Percent of one core that the agent may take.
+    pub cpu_limit: Option<u32>,
 }
 
 /// `stillpoint recover disk --pool DIR --kit FILE`: program, kit, pool, and nothing else.

@@ -344,6 +344,17 @@ fn readers_take_no_lock() {
 }
 
 #[test]
+fn a_cap_on_processor_time_is_a_percentage_that_lets_something_through() {
+    let capped = ran("--standalone d --cpu-limit 150 protect web", &[]);
+    assert_eq!(capped.opened[0].cpu_limit, Some(150));
+    assert_eq!(ran("--standalone d protect web", &[]).opened[0].cpu_limit, None);
+    for wrong in ["0", "-1", "half", "100001"] {
+        let refused = ran(&format!("--standalone d --cpu-limit={wrong} protect web"), &[]);
+        assert_eq!((refused.status, refused.opened.len()), (2, 0), "{wrong}: {}", refused.err);
+    }
+}
+
+#[test]
 fn what_destroys_needs_yes() {
     for line in ["ds remove web --delete-data", "rp delete abcd", "prune web --keep-last 1", "host revoke h"]
     {

@@ -45,6 +45,10 @@ pub struct Globals {
     /// Wait for another writer instead of ending with status 8
     #[arg(long, global = true)]
     pub wait: bool,
+    /// With `agent run` or --standalone: protecting and recovering take at most so much of one core
+    #[arg(long, global = true, value_name = "PERCENT", env = "STILLPOINT_CPU_LIMIT", hide_env_values = true)]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub cpu_limit: Option<u32>,
 }
 
 /// How a command treats its job.
@@ -246,6 +250,9 @@ pub enum AgentCommand {
         /// The agent's state folder
         #[arg(long, value_name = "DIR")]
         state: Option<PathBuf>,
+        /// Protect at the priority of other programs instead of a low one
+        #[arg(long)]
+        normal_priority: bool,
     },
 }
 

@@ -11,6 +11,10 @@ pub trait Clock: Send + Sync {
     fn monotonic_micros(&self) -> u64;
     /// Waits.
     fn sleep(&self, duration: Duration);
+    /// Microseconds of processor time that all threads of this process have taken; `None` where nobody tells.
+    fn process_cpu_micros(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// The machine's clock.
@@ -32,6 +36,13 @@ impl Clock for SystemClock {
 
     fn sleep(&self, duration: Duration) {
         std::thread::sleep(duration);
+    }
+
+    #[cfg(unix)]
+    fn process_cpu_micros(&self) -> Option<u64> {
+        let taken = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        let seconds = u64::try_from(taken.tv_sec).ok()?;
+        Some(seconds.saturating_mul(1_000_000).saturating_add(u64::try_from(taken.tv_nsec).ok()? / 1000))
     }
 }
 

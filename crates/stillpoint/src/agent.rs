@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ::agent::connection::{self, AgentState, ConnectionEvent, ConnectionSettings};
+use ::agent::cpu::{CpuLimit, Restraint};
 use ::agent::{Host, HostExecutor};
+use block_io::Pace;
 use cli::program::{AgentOptions, EnrollOptions, Say};
 use environment::{FolderFiles, SystemClock, SystemRandomness};
 use identity::Token;
@@ -123,6 +125,15 @@ fn told(event: &ConnectionEvent) -> String {
     }
 }
 
+/// How this machine's work is held back.
+pub fn restraint(low_priority: bool, cpu_limit: Option<u32>) -> Result<Restraint, Problem> {
+    let cpu = match cpu_limit {
+        None => None,
+        Some(percent) => Some(Arc::new(CpuLimit::new(percent, Arc::new(SystemClock))?) as Arc<dyn Pace>),
+    };
+    Ok(Restraint { low_priority, cpu })
+}
+
 /// Runs the agent until it is told to stop.
 pub fn run(options: &AgentOptions, say: &dyn Say) -> Result<(), Problem> {
     crate::world::log_to_stderr();
@@ -131,7 +142,8 @@ pub fn run(options: &AgentOptions, say: &dyn Say) -> Result<(), Problem> {
     let name = state.name()?.unwrap_or_else(machine_name);
     let _one = only_one(&folder)?;
     let clock = Arc::new(SystemClock);
-    let host = Arc::new(Host::new(clock.clone(), Arc::new(SystemRandomness)));
+    let restraint = restraint(!options.normal_priority, options.cpu_limit)?;
+    let host = Arc::new(Host::new(clock.clone(), Arc::new(SystemRandomness)).restrained(restraint));
     let executor = HostExecutor::new(host, state.clone(), clock);
     match executor.sweep() {
         Ok(lines) => lines.iter().for_each(|line| say.line(line)),

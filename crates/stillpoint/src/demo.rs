@@ -263,7 +263,15 @@ pub fn run(options: &DemoOptions, say: &dyn Say) -> Result<(), Problem> {
         PoolCreation { recovery_kit: Some(scratch.join("recovery-kit.txt")), ..PoolCreation::default() };
     let existed = data.exists();
     let create = if options.data.is_some() { PoolCreation::default() } else { create };
-    let running = standalone::open(&data, Some(standalone::settings(&create)), None, true, false, false)?;
+    let running = standalone::open(
+        &data,
+        Some(standalone::settings(&create)),
+        None,
+        true,
+        false,
+        false,
+        Default::default(),
+    )?;
     let service = standalone::service(&running);
     let by = Caller { name: "demo".to_owned() };
     if let Some(kit) = &running.created_kit {

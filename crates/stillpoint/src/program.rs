@@ -36,6 +36,7 @@ impl Program for Stillpoint {
             options.writes,
             options.wait,
             options.accepts_older_pool,
+            crate::agent::restraint(false, options.cpu_limit)?,
         )?;
         let router = server::api::router(standalone::service(&running), Door::InProcess);
         Ok(Standalone {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use agent::Host;
+use agent::cpu::Restraint;
 use environment::{Clock, FolderFiles, SystemClock, SystemRandomness};
 use model::{Code, PoolId, Problem};
 use server::app::{App, AppService, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts};
@@ -63,6 +64,7 @@ pub fn open(
     writes: bool,
     wait: bool,
     accepts_older_pool: bool,
+    restraint: Restraint,
 ) -> Result<Running, Problem> {
     let folder = DataFolder::new(root);
     let world = world_of(Arc::new(FolderFiles::new(folder.pool())));
@@ -80,11 +82,11 @@ pub fn open(
             "warning: the pool is older than it was and is taken as it is now; every machine is read in full next time."
         );
     }
-    start(folder, opened, writes)
+    start(folder, opened, writes, restraint)
 }
 
 /// Puts a server together over an opened folder.
-fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Problem> {
+fn start(folder: DataFolder, opened: Opened, writes: bool, restraint: Restraint) -> Result<Running, Problem> {
     let clock = Arc::new(SystemClock);
     let randomness = Arc::new(SystemRandomness);
     let deletion: Arc<dyn storage_pool::reclaim::DeletionService + Send + Sync> =
@@ -93,7 +95,9 @@ fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Pr
     let app = App::new(Parts {
         folder,
         pool: opened.pool,
-        hosts: Arc::new(OnlyThisMachine::new(Arc::new(Host::new(clock.clone(), randomness.clone())))),
+        hosts: Arc::new(OnlyThisMachine::new(Arc::new(
+            Host::new(clock.clone(), randomness.clone()).restrained(restraint),
+        ))),
         tokens: Arc::new(NoTokens),
         deletion,
         history: Arc::new(history),
@@ -143,6 +147,7 @@ pub fn break_glass(pool: &Path, kit_path: &Path) -> Result<Running, Problem> {
         DataFolder::new(root),
         Opened { pool: Arc::new(opened), recipient: kit.recipient, created_kit: None, damage },
         false,
+        Restraint::default(),
     )
 }
 
