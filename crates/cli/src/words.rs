@@ -45,8 +45,8 @@ pub struct Globals {
     /// Wait for another writer instead of ending with status 8
     #[arg(long, global = true)]
     pub wait: bool,
-    /// With `agent run` or --standalone: protecting and recovering take at most so much of one core
-    #[arg(long, global = true, value_name = "PERCENT", env = "STILLPOINT_CPU_LIMIT", hide_env_values = true)]
+    /// Percent of one core that protecting and recovering may take (agent run, --standalone)
+    #[arg(long, global = true, value_name = "N", env = "STILLPOINT_CPU_LIMIT", hide_env_values = true)]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub cpu_limit: Option<u32>,
 }
