@@ -72,14 +72,16 @@ pub fn versions(folder: &Path, vm: &str) -> Result<Vec<Version>, String> {
         for extent in extents {
             let number = |name: &str| extent[name].as_u64().unwrap_or(0) as usize / BLOCK;
             for index in number("start")..number("start") + number("length") {
+                let past = || format!("{}: the list reaches past the disk", path.display());
+                let block = blocks.get_mut(index).ok_or_else(past)?;
                 if extent["type"] == "zero" {
-                    blocks[index] = None;
+                    *block = None;
                     continue;
                 }
                 if read(&mut delta, &mut buf).map_err(failed(&path))? < BLOCK {
                     return Err(format!("{}: is shorter than its list", path.display()));
                 }
-                blocks[index] = content(&buf);
+                *block = content(&buf);
                 changed.push(index);
             }
         }
