@@ -121,6 +121,7 @@ fn creation(args: &CreationArgs) -> PoolCreation {
         floor_seconds: args.floor_age,
         soft_delete_seconds: args.soft_delete,
         reclaim_hold_seconds: args.reclaim_hold,
+        reserve_bytes: args.reserve,
     }
 }
 

@@ -25,6 +25,8 @@ pub struct PoolCreation {
     pub soft_delete_seconds: Option<u64>,
     /// Seconds between quarantine and deletion.
     pub reclaim_hold_seconds: Option<u64>,
+    /// Bytes of the volume that backups leave free.
+    pub reserve_bytes: Option<u64>,
 }
 
 /// How to open a data folder standalone.

@@ -35,6 +35,28 @@ pub fn duration(text: &str) -> Result<u64, String> {
     digits.parse::<u64>().ok().and_then(|number| number.checked_mul(seconds)).ok_or_else(wrong)
 }
 
+/// Bytes from `0`, `512MiB`, `1GiB`, `2TiB`; `MB`, `GB` and `TB` are powers of ten.
+pub fn size(text: &str) -> Result<u64, String> {
+    let wrong =
+        || format!("{text:?} is not a size: expected a number with MiB, GiB or TiB, such as 1GiB, or 0");
+    if text == "0" {
+        return Ok(0);
+    }
+    let split = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
+    let (digits, unit) = text.split_at(split);
+    let bytes: u64 = match unit {
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        "TiB" => 1 << 40,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        _ => return Err(wrong()),
+    };
+    digits.parse::<u64>().ok().and_then(|number| number.checked_mul(bytes)).ok_or_else(wrong)
+}
+
 /// A rate: `50MB/s`, `400Mbit/s`, `1.5GiB/s`, with hours `50MB/s@mon-fri/08:00-18:00`. `zone` gives the hours' offset.
 pub fn rate(text: &str, zone: &TimeZone, now: Timestamp) -> Result<RateLimit, Problem> {
     let hint = "Write a unit, such as 50MB/s, 400Mbit/s or 50MB/s@mon-fri/08:00-18:00.";
@@ -158,6 +180,16 @@ pub fn extents(file: &str, bytes: &[u8]) -> Result<Vec<(u64, u64)>, Problem> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_need_a_unit() {
+        for (text, bytes) in [("0", 0), ("64MiB", 64 << 20), ("1GiB", 1 << 30), ("2TB", 2_000_000_000_000)] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "1", "GiB", "1.5GiB", "1 GiB", "99999999999TiB"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn rates_need_a_unit() {

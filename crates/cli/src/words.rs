@@ -81,6 +81,9 @@ pub struct CreationArgs {
     /// How long reclaim waits between quarantine and deletion
     #[arg(long, value_name = "DURATION", value_parser = read::duration)]
     pub reclaim_hold: Option<u64>,
+    /// Room on the volume that backups leave free, such as 1GiB or 0
+    #[arg(long, value_name = "SIZE", value_parser = read::size)]
+    pub reserve: Option<u64>,
 }
 
 /// The commands.

@@ -9,7 +9,7 @@ pub fn pool(error: PoolError) -> Problem {
     let message = format!("{error}.");
     let code = match &error {
         PoolError::Io { .. } => Code::PoolIo,
-        PoolError::Full { .. } => Code::PoolFull,
+        PoolError::Full { .. } | PoolError::Reserve { .. } => Code::PoolFull,
         PoolError::NoPool { .. } => Code::DataFolderMissing,
         PoolError::Exists { .. } => Code::TargetExists,
         PoolError::OtherPool { .. } => Code::OtherPool,

@@ -193,8 +193,8 @@ pub fn run(
         None => pool.default_domain().map_err(problem::pool)?,
     };
     let ingest = Ingest::begin(pool, domain).map_err(problem::pool)?;
-    // That may have waited for a reclaim, and points may have gone meanwhile. From here on nothing is reclaimed, so
-    // what counts is what the replica is now.
+    // Points may have gone since the plan. From here on a reclaim counts what is not expired as needed for as long as
+    // this job runs, so what counts is what the replica is now.
     let (base, replica) = replica(pool, machine.id)?.unzip();
     let plan =
         decide::plan(wish, &view.disks, replica.as_ref()).map_err(|refusal| refuse(machine, &refusal))?;

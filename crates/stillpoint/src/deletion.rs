@@ -1,7 +1,8 @@
 //! The deletion service: a process of its own, the only one that unlinks anything of a pool (INV-15).
 //!
 //! It is this same program under a word that no user types. It is started before the writer gives up the right to
-//! remove, waits on its standard input, and ends when that is closed. For each line `{"permit":N|null,"runs":[..]}` it
+//! remove, waits on its standard input, and ends when that is closed. For each line
+//! `{"permit":N|null,"runs":[..],"ballast":false}` it
 //! reads the permit from the pool by itself, unlinks exactly what that names, and answers with a line: empty for done, or
 //! why not. Told nothing but numbers, it cannot be talked into more.
 
@@ -15,7 +16,7 @@ use model::{Code, Problem};
 use serde::{Deserialize, Serialize};
 use server::app::{DataFolder, read_secret};
 use storage_pool::PoolError;
-use storage_pool::reclaim::{DeletionService, run_deletion_service};
+use storage_pool::deletion::{DeletionService, give_up_ballast, run_deletion_service};
 
 /// The first argument of a deletion service; the second is the data folder.
 pub const WORD: &str = "__deletion-service";
@@ -24,6 +25,9 @@ pub const WORD: &str = "__deletion-service";
 struct Order {
     permit: Option<u64>,
     runs: Vec<u64>,
+    /// Only the ballast goes.
+    #[serde(default)]
+    ballast: bool,
 }
 
 /// The process.
@@ -47,6 +51,9 @@ fn carry_out(root: &Path, line: &str) -> Result<(), String> {
     let order: Order = serde_json::from_str(line).map_err(|error| error.to_string())?;
     let (recipient, _, _) = read_secret(root).map_err(|problem| problem.message)?;
     let files = Arc::new(FolderFiles::new(DataFolder::new(root).pool()));
+    if order.ballast {
+        return give_up_ballast(&*files).map_err(|error| error.to_string());
+    }
     let world = crate::world::world_of(files.clone());
     run_deletion_service(&world, &*files, &recipient, order.permit, &order.runs)
         .map_err(|error| error.to_string())
@@ -95,6 +102,16 @@ impl Running {
 
 impl DeletionService for ChildDeletion {
     fn carry_out(&self, permit: Option<u64>, runs: &[u64]) -> Result<(), PoolError> {
+        self.order(&Order { permit, runs: runs.to_vec(), ballast: false })
+    }
+
+    fn give_up_ballast(&self) -> Result<(), PoolError> {
+        self.order(&Order { permit: None, runs: Vec::new(), ballast: true })
+    }
+}
+
+impl ChildDeletion {
+    fn order(&self, order: &Order) -> Result<(), PoolError> {
         let failed = |source: std::io::Error| PoolError::Io {
             path: "the deletion service".to_owned(),
             action: "reach",
@@ -105,8 +122,7 @@ impl DeletionService for ChildDeletion {
             Some(running) => running,
             none => none.insert(Running::start(&self.root).map_err(failed)?),
         };
-        let order = Order { permit, runs: runs.to_vec() };
-        let line = serde_json::to_string(&order).map_err(|error| failed(std::io::Error::other(error)))?;
+        let line = serde_json::to_string(order).map_err(|error| failed(std::io::Error::other(error)))?;
         let orders = running.orders.as_mut().ok_or_else(|| failed(std::io::ErrorKind::BrokenPipe.into()))?;
         writeln!(orders, "{line}").and_then(|()| orders.flush()).map_err(failed)?;
         let mut answer = String::new();

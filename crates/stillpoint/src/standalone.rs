@@ -41,6 +41,7 @@ pub fn settings(create: &cli::program::PoolCreation) -> NewPool {
                 default.breaker_percent
             },
             zstd_level: default.zstd_level,
+            reserve: create.reserve_bytes,
         },
         kit: create.recovery_kit.clone(),
     }

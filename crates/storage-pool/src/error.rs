@@ -23,6 +23,19 @@ pub enum PoolError {
         /// The file being written.
         path: String,
     },
+    /// Storing more would take room that is kept for giving space back.
+    #[error(
+        "{path}: {free} bytes are free on the volume, and {reserve} are reserved for deleting and reclaiming: make room on \
+         it, or prune and reclaim"
+    )]
+    Reserve {
+        /// The pool.
+        path: String,
+        /// Bytes free.
+        free: u64,
+        /// The reserve.
+        reserve: u64,
+    },
     /// The folder holds no pool.
     #[error("{path} holds no storage pool")]
     NoPool {

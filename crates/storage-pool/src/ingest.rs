@@ -15,8 +15,9 @@ use crate::frame::{self, BLOCK};
 use crate::keys::DomainKeys;
 use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
 use crate::packs::PackWriter;
-use crate::pool::{IngestPass, Pool, PoolNodes};
-use crate::state::{self, Point, PointDisk};
+use crate::pass::Pass;
+use crate::pool::{Pool, PoolNodes};
+use crate::state::{self, Point, PointDisk, State};
 
 /// Nodes put into one frame.
 const NODES_A_FRAME: usize = 16;
@@ -57,10 +58,9 @@ pub struct Ingest {
 struct Shared {
     pool: Arc<Pool>,
     keys: Arc<DomainKeys>,
-    /// Pool time at the beginning.
-    began: u64,
     inner: Mutex<Inner>,
-    _pass: IngestPass,
+    /// Told to a reclaim beside this job: when it began, and the packs that it makes and shares.
+    pass: Pass,
 }
 
 impl Shared {
@@ -159,6 +159,7 @@ fn put(
     decoded: u32,
     ids: &[ChunkId],
 ) -> Result<(), PoolError> {
+    shared.pool.leave_reserve(encoded.len() as u64)?;
     let slot = match kind {
         PackKind::Blocks => &mut inner.blocks,
         PackKind::Nodes => &mut inner.nodes,
@@ -190,6 +191,8 @@ fn finish_pack(shared: &Shared, inner: &mut Inner, kind: PackKind) -> Result<(),
     };
     let Some(writer) = writer else { return Ok(()) };
     let id = writer.id();
+    // Before anybody can see it: no point names it yet.
+    shared.pass.pin(id);
     let finished = shared.pool.finish_pack(writer)?;
     inner.current.retain(|_, place| place.pack != id);
     inner.finished.insert(id);
@@ -220,6 +223,10 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
             if inner.finished.contains(&place.pack) || inner.proved.contains(&key) {
                 return Ok(true);
             }
+        }
+        // From here on no reclaim lets go of the pack while this job runs.
+        if !shared.pass.pin_healthy(place) {
+            continue;
         }
         if shared.pool.reader.is_sound(place, shared.keys.domain) {
             shared.inner().proved.insert(key);
@@ -294,7 +301,7 @@ pub enum FullCompare {
 }
 
 impl Ingest {
-    /// Begins, in a domain of the pool. Waits while a reclaim runs.
+    /// Begins, in a domain of the pool.
     pub fn begin(pool: &Arc<Pool>, domain: DomainId) -> Result<Ingest, PoolError> {
         if !pool.is_writable() {
             return Err(PoolError::ReadOnly);
@@ -303,7 +310,6 @@ impl Ingest {
         let shared = Shared {
             pool: pool.clone(),
             keys: pool.domain_keys(domain),
-            began: pool.state().pool_time,
             inner: Mutex::new(Inner {
                 blocks: None,
                 nodes: None,
@@ -314,7 +320,7 @@ impl Ingest {
                 proved: HashSet::new(),
                 figures: IngestFigures::default(),
             }),
-            _pass: pass,
+            pass,
         };
         Ok(Ingest { shared: Arc::new(shared) })
     }
@@ -522,9 +528,21 @@ impl Ingest {
             changed: 0,
         };
         let record = state::encode_point(&point);
+        let used: HashSet<PackId> = {
+            let inner = self.shared.inner();
+            inner.proved.iter().map(|(pack, _)| *pack).chain(inner.finished.iter().copied()).collect()
+        };
         self.shared.pool.append_if(Kind::Point, |state| {
             if state.points.contains_key(&id) {
                 return Err(PoolError::Misuse(format!("recovery point {id} exists")));
+            }
+            // Nothing that is pinned gets a permit, and what is expired was not when this job began. If either were
+            // wrong, this is the last moment at which it costs a job and not a point.
+            self.prove_base_in(state, new.base)?;
+            if let Some(gone) = used.iter().find(|pack| state.permitted.contains_key(*pack)) {
+                return Err(PoolError::Misuse(format!(
+                    "pack {gone} went away while this point was made of it"
+                )));
             }
             Ok(Some(&record))
         })?;
@@ -533,14 +551,16 @@ impl Ingest {
 
     /// Refuses a point made from one whose chunks may be gone or are under other keys.
     fn prove_base(&self, base: Option<RecoveryPointId>) -> Result<(), PoolError> {
+        self.prove_base_in(&self.shared.pool.state(), base)
+    }
+
+    fn prove_base_in(&self, state: &State, base: Option<RecoveryPointId>) -> Result<(), PoolError> {
         let Some(base) = base else { return Ok(()) };
-        let state = self.shared.pool.state();
         let point = state.points.get(&base).ok_or(PoolError::NoSuchPoint(base))?;
-        // Expired when this job began: then a reclaim may have come before it. Later no reclaim runs.
-        let was_expired = point.deleted.as_ref().is_some_and(|(since, _)| {
-            let period = self.shared.pool.settings().soft_delete.saturating_mul(Timestamp::SECOND);
-            self.shared.began.saturating_sub(*since) >= period && *since <= self.shared.began
-        });
+        // Expired when this job began: then a reclaim may not have counted it. What expired later is counted as long as
+        // this job runs.
+        let period = self.shared.pool.settings().soft_delete;
+        let was_expired = state.is_expired_at(point, period, self.shared.pass.began);
         if was_expired || point.domain != self.shared.keys.domain {
             let reason = if was_expired { "is expired" } else { "is in another key domain" };
             return Err(PoolError::Misuse(format!("a point cannot be made from {base}, which {reason}")));

@@ -19,12 +19,18 @@
 //!
 //! | running \ starting | ingest | verify, read | reclaim | second writer |
 //! |---|---|---|---|---|
-//! | ingest | beside it: own packs, one index | beside it | refused as busy | refused by the lock, fenced by the sequence |
-//! | verify, read | beside it | beside it | beside it: files stay for the hold | beside it |
-//! | reclaim | waits | beside it | refused as busy | refused |
+//! | ingest | beside it: own packs, one index | beside it | beside it: what the ingest made or shares is pinned | refused by the lock, fenced by the sequence |
+//! | verify, read | beside it | beside it | beside it: what they began with does not expire; a chunk that moved is looked up again | beside it |
+//! | reclaim | beside it: what is in quarantine is not shared | beside it | refused as busy | refused |
+//!
+//! Nothing waits for a reclaim, and a reclaim waits for nothing: what it may not touch yet is left for the next one. The
+//! rules are at the head of [`mod@reclaim`].
 
+mod account;
+mod activity;
 mod bundle;
 pub mod chunk;
+pub mod deletion;
 pub mod error;
 mod examine;
 pub mod format;
@@ -36,12 +42,16 @@ pub mod keys;
 pub mod kit;
 pub mod layout;
 pub mod map;
+mod mark;
 mod packs;
+mod pass;
 mod point_device;
 mod pool;
 pub mod proofs;
 pub mod reclaim;
+mod reserve;
 mod sequence;
+mod sorter;
 pub mod state;
 mod tidy;
 pub mod verify;

@@ -372,3 +372,25 @@ pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<Finished
     let table = pack::decode_table(plain).map_err(format)?;
     Ok(FinishedPack { header, length, table })
 }
+
+/// The share that each chunk of a pack has in the stored bytes of its frame, by location.
+pub(crate) fn shares(pack: &FinishedPack) -> HashMap<u32, u64> {
+    let frame = |entry: &TableEntry| Location { pack: pack.header.pack, at: entry.location }.frame();
+    // In order of location, as in the file; the table stands behind the last frame.
+    let mut places: Vec<&TableEntry> = pack.table.iter().collect();
+    places.sort_unstable_by_key(|entry| entry.location);
+    let table = pack::table_bytes(pack.table.len()) + HEADER as u64;
+    let mut shares = HashMap::with_capacity(places.len());
+    let mut end = pack.length.saturating_sub(table);
+    for chunks in places.chunk_by(|one, next| frame(one) == frame(next)).rev() {
+        let start = chunks.first().map_or(0, |entry| u64::from(frame(entry)));
+        let bytes = end.saturating_sub(start);
+        let (share, mut rest) = (bytes / chunks.len() as u64, bytes % chunks.len() as u64);
+        for entry in chunks {
+            shares.insert(entry.location, share + u64::from(rest > 0));
+            rest = rest.saturating_sub(1);
+        }
+        end = start;
+    }
+    shares
+}

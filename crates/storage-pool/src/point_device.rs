@@ -10,6 +10,7 @@ use crate::error::PoolError;
 use crate::frame::BLOCK;
 use crate::keys::DomainKeys;
 use crate::map::{MapReader, MapRoot};
+use crate::pass::Pass;
 use crate::pool::{Pool, PoolNodes};
 
 /// Longest run that one step of `next_allocated` gives: it needs one look into the map for each block.
@@ -23,11 +24,14 @@ pub struct PointDevice {
     size: u64,
     sector: u32,
     name: String,
+    /// The point does not expire for a reclaim while it is being read.
+    _pass: Pass,
 }
 
 impl Pool {
     /// Disk `disk` of a point.
     pub fn open_disk(self: &Arc<Self>, point: RecoveryPointId, disk: u32) -> Result<PointDevice, PoolError> {
+        let pass = self.enter_reading();
         let point = self.point(point)?;
         let found = point.disks.iter().find(|found| found.index == disk).ok_or(PoolError::NoSuchDisk {
             point: point.id,
@@ -43,6 +47,7 @@ impl Pool {
             size: found.size,
             sector: found.sector,
             name: format!("disk {disk} of recovery point {} of {}", point.id, point.machine),
+            _pass: pass,
         })
     }
 }

@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::sync::{
-    Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    TryLockError,
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
 };
 
 use environment::{Clock, Files, Lock, Randomness};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
 use prost::Message;
 
+use crate::activity::Activity;
 use crate::bundle::{self, Span};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
@@ -23,6 +23,7 @@ use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
 use crate::packs::{self, FinishedPack, PackReader, PackWriter};
 use crate::sequence::{self, Appender, Tip, Unpublished};
+use crate::sorter::Room;
 use crate::state::{Point, State};
 
 /// Settings fixed at creation.
@@ -40,6 +41,8 @@ pub struct Settings {
     pub breaker_percent: u32,
     /// zstd level of what the server encodes itself.
     pub zstd_level: i32,
+    /// Bytes that ingests leave free on the volume; none at creation for a hundredth of the volume, 1 MiB to 1 GiB.
+    pub reserve: Option<u64>,
 }
 
 impl Default for Settings {
@@ -53,6 +56,7 @@ impl Default for Settings {
             floor_age: 86_400,
             breaker_percent: 50,
             zstd_level: 3,
+            reserve: None,
         }
     }
 }
@@ -67,6 +71,7 @@ impl Settings {
             floor_age: 0,
             breaker_percent: 100,
             zstd_level: 3,
+            reserve: Some(0),
         }
     }
 }
@@ -101,6 +106,12 @@ impl World {
     }
 }
 
+/// The reserve where none was asked for: a hundredth of the volume, between 1 MiB and 1 GiB.
+fn default_reserve(files: &dyn Files) -> u64 {
+    const LIMITS: (u64, u64) = (1 << 20, 1 << 30);
+    files.total_bytes().map_or(LIMITS.1, |total| (total / 100).clamp(LIMITS.0, LIMITS.1))
+}
+
 /// How a pool is opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
@@ -122,12 +133,6 @@ const LOCK_NAME: &str = "writer.lock";
 /// Name of a recipient's key file.
 pub fn key_name(id: RecipientId) -> String {
     format!("keys/{id}.key")
-}
-
-#[derive(Default)]
-struct Activity {
-    ingests: usize,
-    reclaiming: bool,
 }
 
 struct Writer {
@@ -154,7 +159,8 @@ pub struct Pool {
     pub(crate) reader: PackReader,
     writer: Option<Mutex<Writer>>,
     activity: Mutex<Activity>,
-    quiet: Condvar,
+    /// What a mark may hold in memory.
+    pub(crate) room: Room,
     domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
     tables: Mutex<Tables>,
     notes: Vec<Damage>,
@@ -246,6 +252,7 @@ impl Pool {
                 floor_age: settings.floor_age,
                 breaker_percent: settings.breaker_percent,
                 zstd_level: settings.zstd_level,
+                reserve: settings.reserve.unwrap_or_else(|| default_reserve(&*world.files)),
             }),
         };
         // The header comes last of the files that never change: a folder without it is no pool.
@@ -253,6 +260,7 @@ impl Pool {
         let access = Access::Write { server, name: name.to_owned() };
         let pool = Pool::open(world, &server_recipient, access)?;
         let domain = pool.create_domain("default")?;
+        pool.make_ballast()?;
         Ok(Created { pool, server: server_recipient, domain })
     }
 
@@ -340,6 +348,7 @@ impl Pool {
             let appender = appender(&world);
             Mutex::new(Writer { appender, bundles, bundle_after: 0, broken: None, _lock: lock })
         });
+        let is_writer = writer.is_some();
         let pool = Pool {
             keys,
             settings: header.settings,
@@ -350,7 +359,8 @@ impl Pool {
             reader,
             writer,
             activity: Mutex::new(Activity::default()),
-            quiet: Condvar::new(),
+            // A reader leaves no file, not even one without a name.
+            room: if is_writer { Room::default() } else { Room(usize::MAX) },
             domains: Mutex::new(HashMap::new()),
             tables: Mutex::new(Tables::default()),
             notes,
@@ -391,6 +401,11 @@ impl Pool {
     /// Settings fixed at creation.
     pub fn settings(&self) -> Settings {
         self.settings
+    }
+
+    /// Lets a reclaim hold so many records of what it sorts in memory, instead of a million. For tests and measurements.
+    pub fn limit_sorting(&mut self, records: usize) {
+        self.room = Room(records);
     }
 
     /// The folder, for messages.
@@ -613,13 +628,37 @@ impl Pool {
         }
     }
 
-    /// Replaces runs, with no merge beside it; if a run's name may not last, nothing more is written.
-    pub(crate) fn write_run(
-        &self,
-        write: impl FnOnce(&mut Index, u64) -> Result<(), PoolError>,
-    ) -> Result<(), PoolError> {
+    /// Makes the index forget packs that have a permit. Ingests and readers go on meanwhile.
+    pub(crate) fn drop_packs(&self, is_gone: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
         let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
-        self.change_runs(write)
+        let written = self.write_without(is_gone);
+        // On a full disk the runs stay: what they say of packs with a permit is not used.
+        if !matches!(written, Err(PoolError::Full { .. })) {
+            written?;
+        }
+        self.index_mut().forget(is_gone);
+        Ok(())
+    }
+
+    fn write_without(&self, is_gone: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
+        self.change_runs(|index, head| index.flush(head))?;
+        loop {
+            let head = self.state().head;
+            let build = self.index().due_rewrite(head, &|pack| !is_gone(pack));
+            match build.map(crate::index::Build::write) {
+                None => return Ok(()),
+                Some(Ok(built)) => {
+                    self.index_mut().install(built);
+                    return Ok(());
+                }
+                // A run that cannot be read is not merged: its packs are read anew.
+                Some(Err(error)) => {
+                    self.heed_naming(&error);
+                    self.index_mut().heal(error)?;
+                    self.change_runs(|index, head| index.flush(head))?;
+                }
+            }
+        }
     }
 
     fn change_runs(
@@ -880,15 +919,31 @@ impl Pool {
             return Ok(());
         }
         let mut reasons = Vec::new();
-        for place in self.find(id)? {
-            match self.try_place(keys, kind, id, place, out) {
-                Ok(()) => {
-                    if kind == ChunkKind::Block {
-                        self.meet(place.pack);
+        let mut tried: Vec<Location> = Vec::new();
+        for look in 0..LOOKS {
+            // A reclaim beside this reader may have let a pack go after it was found; its chunks are elsewhere then.
+            let places = match look {
+                0 => self.find(id)?,
+                _ => self.look_again(id)?,
+            };
+            let places: Vec<Location> = places.into_iter().filter(|place| !tried.contains(place)).collect();
+            if places.is_empty() {
+                break;
+            }
+            for place in places {
+                match self.try_place(keys, kind, id, place, out) {
+                    Ok(()) => {
+                        if kind == ChunkKind::Block {
+                            self.meet(place.pack);
+                        }
+                        return Ok(());
                     }
-                    return Ok(());
+                    Err(error) => reasons.push(error.to_string()),
                 }
-                Err(error) => reasons.push(error.to_string()),
+                tried.push(place);
+            }
+            if !tried.iter().any(|place| self.is_gone(place.pack)) {
+                break;
             }
         }
         if reasons.is_empty() {
@@ -897,7 +952,35 @@ impl Pool {
         Err(PoolError::ChunkLost { chunk: id.to_string(), reason: reasons.join("; ") })
     }
 
-    fn try_place(
+    /// Whether the file of a pack is not there any more.
+    fn is_gone(&self, pack: PackId) -> bool {
+        let opened = self.world.files.open(&crate::format::pack::name(pack));
+        matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Whether a pack is gone because a reclaim let it go, here or in the process that writes.
+    pub(crate) fn let_go(&self, pack: PackId) -> bool {
+        let has_permit = |state: &State| state.permitted.contains_key(&pack);
+        if self.is_writable() {
+            return has_permit(&self.state());
+        }
+        self.is_gone(pack)
+            && bundle::load_bundled(&*self.world.files, &self.keys)
+                .is_ok_and(|(fresh, ..)| has_permit(&fresh))
+    }
+
+    /// Every place of a chunk, in the index as it is now. A writer's own is; a reader opens it anew.
+    fn look_again(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
+        if !self.is_writable() {
+            let permitted = bundle::load_bundled(&*self.world.files, &self.keys)?.0.permitted;
+            let gone = |pack| permitted.contains_key(&pack);
+            let fresh = Index::open(self.world.files.clone(), &self.keys, &gone)?;
+            *self.index_mut() = fresh;
+        }
+        self.find(id)
+    }
+
+    pub(crate) fn try_place(
         &self,
         keys: &DomainKeys,
         kind: ChunkKind,
@@ -945,52 +1028,9 @@ impl Pool {
         self.tables().forget(pack);
     }
 
-    fn activity(&self) -> MutexGuard<'_, Activity> {
+    /// What goes on. Taken before the writer's lock and the state's; nothing begins, ends or pins while it is held.
+    pub(crate) fn activity(&self) -> MutexGuard<'_, Activity> {
         self.activity.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until no reclaim runs, and keeps it from starting.
-    pub(crate) fn enter_ingest(self: &Arc<Self>) -> IngestPass {
-        let mut activity = self.activity();
-        while activity.reclaiming {
-            activity = self.quiet.wait(activity).unwrap_or_else(PoisonError::into_inner);
-        }
-        activity.ingests += 1;
-        IngestPass { pool: self.clone() }
-    }
-
-    /// Keeps ingests from starting, if none is under way.
-    pub(crate) fn enter_reclaim(&self) -> Option<ReclaimPass<'_>> {
-        let mut activity = self.activity();
-        if activity.ingests > 0 || activity.reclaiming {
-            return None;
-        }
-        activity.reclaiming = true;
-        Some(ReclaimPass { pool: self })
-    }
-}
-
-/// An ingest is under way.
-pub(crate) struct IngestPass {
-    pool: Arc<Pool>,
-}
-
-impl Drop for IngestPass {
-    fn drop(&mut self) {
-        self.pool.activity().ingests -= 1;
-        self.pool.quiet.notify_all();
-    }
-}
-
-/// A reclaim is under way.
-pub(crate) struct ReclaimPass<'p> {
-    pool: &'p Pool,
-}
-
-impl Drop for ReclaimPass<'_> {
-    fn drop(&mut self) {
-        self.pool.activity().reclaiming = false;
-        self.pool.quiet.notify_all();
     }
 }
 
@@ -1057,6 +1097,7 @@ pub fn read_header(world: &World) -> Result<(PoolHeader, Option<Damage>), PoolEr
             floor_age: settings.floor_age,
             breaker_percent: settings.breaker_percent,
             zstd_level: settings.zstd_level,
+            reserve: Some(settings.reserve),
         },
     };
     Ok((header, twin.damage.map(|damage| twin_damage(path, &damage))))

@@ -1,26 +1,51 @@
 //! Reclaim: freeing what no point needs, in the one allowed order (section 9.2).
+//!
+//! Beside ingests and readers of this process, without a lock that they wait for. What keeps every acknowledged point whole:
+//!
+//! | what could be lost | what keeps it |
+//! |---|---|
+//! | a pack that a job finished and no point names yet | pinned from before it has its name until the job ends, and if that is amid a reclaim, until the reclaim ends |
+//! | a chunk of an old pack that a job shares | pinned in the step that finds the pack healthy; quarantine looks at the pins in the step that records |
+//! | the same, if a pin were missed | no permit while an ingest runs that began before the quarantine; whoever began later does not share what is in quarantine; the mark before the permit sees what the others committed |
+//! | what a job takes over from its base | a point counts as needed if it was not expired when the oldest ingest or reader began; a base that was expired then is refused at the commit |
+//! | all of these at once | the commit looks again, in the step that records the point |
+//! | a chunk that a reader is about to read | a rewritten chunk is in the index before its old pack goes; whoever finds the file gone looks it up again |
+//!
+//! Refuses: beginning beside another reclaim; freeing anything when a record or a node cannot be read (INV-12); freeing
+//! more than the breaker allows.
+//!
+//! Invariants
+//! - Packs are unlinked only by a permit, which comes after a quarantine, its hold, and a full mark made after both
+//!   (INV-11). (must)
+//! - The last sound copy of a needed chunk stays: a copy elsewhere counts if it is read and fits its seal now. (must)
+//! - Rewriting writes no more than it frees. (should)
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
-use environment::Removal;
-use model::{RecoveryPointId, Timestamp};
+use model::Timestamp;
 
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+pub use crate::deletion::{DeletionService, InProcessDeletion, run_deletion_service};
 use crate::error::PoolError;
-use crate::format::pack::{self, PackKind};
+use crate::format::pack::{self, PackHeader, PackKind};
 use crate::format::payload::{self, Kind};
-use crate::format::run;
 use crate::frame;
-use crate::index::PackInfo;
-use crate::keys::Keys;
-use crate::map::{MapReader, MapRoot};
+use crate::index::{FinishedPack, PackInfo, View, ViewPlace};
+use crate::mark::Marks;
 use crate::packs::{self, PackWriter};
-use crate::pool::{Pool, PoolNodes, World};
-use crate::sequence;
+use crate::pool::Pool;
+use crate::sorter::{Sorted, Sorter, distinct};
 
-/// A pack with less than this share of its stored bytes in use is rewritten, in percent.
+/// A pack with less than this share of its stored bytes in use is rewritten, in percent, as long as all rewriting writes
+/// no more than it frees.
 pub const REWRITE_BELOW_PERCENT: u64 = 60;
+/// Only packs with less than this share of their chunks in use are looked at that closely, in percent.
+const LOOK_BELOW_PERCENT: u64 = 80;
+/// Most packs that one reclaim rewrites: 256 GiB are read for them.
+const REWRITES: usize = 8192;
+/// Tables that are held at once when a permit is carried out late: 100 MB.
+const TABLES_TOGETHER: usize = 2000;
 
 /// Most packs that one record names: 16 MB.
 const PACKS_A_RECORD: usize = 1 << 20;
@@ -49,6 +74,9 @@ pub struct ReclaimReport {
     pub held_bytes: u64,
     /// Seconds of pool time until the next of these may go.
     pub held_for: u64,
+    /// Of these, bytes of packs whose hold is over: a job that began before their quarantine still runs, or it is not
+    /// known what they hold.
+    pub waiting_bytes: u64,
     /// Bytes of files removed.
     pub freed_bytes: u64,
     /// Packs removed.
@@ -59,62 +87,39 @@ pub struct ReclaimReport {
     pub pool_bytes: u64,
 }
 
-/// Unlinks what a permit allows. In the product a process of its own; see [`run_deletion_service`].
-pub trait DeletionService {
-    /// Carries out the permit with this record number, and removes these superseded runs.
-    fn carry_out(&self, permit: Option<u64>, runs: &[u64]) -> Result<(), PoolError>;
+/// What a reclaim wants to let go of.
+struct Candidates {
+    expired: u64,
+    /// Bytes of all packs.
+    pool: u64,
+    /// Packs of which nothing is needed.
+    empty: Vec<(PackId, u64)>,
+    /// Packs of which little is needed.
+    sparse: Vec<Sparse>,
 }
 
-/// Marks of what is in use.
-struct Marks {
-    chunks: HashSet<ChunkId>,
-    expired: u64,
+/// A pack of which little is needed.
+struct Sparse {
+    id: PackId,
+    length: u64,
+    /// What is needed: the places of the home copies.
+    used: BTreeSet<u32>,
 }
+
+/// What is known of a pack while candidates are looked for.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    /// Chunks in it.
+    chunks: u32,
+    /// Those that are needed and have their home here.
+    used: u32,
+}
+
+/// A used place: position of its pack in the view, place.
+type Used = [u8; 8];
 
 impl Pool {
-    /// Every chunk that a point needs. Anything that cannot be read stops everything (INV-12).
-    fn mark(self: &Arc<Self>) -> Result<Marks, PoolError> {
-        // Bundles spare the reading of records, but nothing is freed on their word.
-        self.recheck_records()?;
-        let state = self.state().clone();
-        if let Some(record) = state.unreadable.first() {
-            return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
-        }
-        let mut chunks = HashSet::new();
-        let mut expired = 0;
-        for point in state.in_order() {
-            if state.is_expired(point, self.settings().soft_delete) {
-                expired += 1;
-                continue;
-            }
-            for disk in &point.disks {
-                let nodes = PoolNodes { pool: self.clone(), keys: self.domain_keys(point.domain) };
-                let map = MapReader::new(nodes, MapRoot { root: disk.root, levels: disk.levels });
-                let mut lost = None;
-                let cell = std::cell::RefCell::new(&mut chunks);
-                map.walk(
-                    &mut |node, _| cell.borrow_mut().insert(node),
-                    &mut |_, chunk| {
-                        cell.borrow_mut().insert(chunk);
-                    },
-                    &mut |_, error| {
-                        lost.get_or_insert(error);
-                    },
-                );
-                if let Some(error) = lost {
-                    return Err(PoolError::Stopped {
-                        reason: format!(
-                            "the map of disk {} of {} ({}): {error}",
-                            disk.index, point.machine, point.id
-                        ),
-                    });
-                }
-            }
-        }
-        Ok(Marks { chunks, expired })
-    }
-
-    /// Frees what no point needs. Refused as busy while a backup is under way.
+    /// Frees what no point needs, beside backups, restores and verifies. Refused as busy beside another reclaim.
     pub fn reclaim(
         self: &Arc<Self>,
         options: ReclaimOptions,
@@ -125,80 +130,25 @@ impl Pool {
         }
         let _pass = self.enter_reclaim().ok_or(PoolError::Busy { path: self.path() })?;
         if !options.dry_run {
+            self.make_room(service)?;
             // Pool time stands still between records: let it come up to now before it is asked.
-            self.tick()?;
+            match self.tick() {
+                // Without room for that it stands still, and frees what was due already.
+                Ok(()) | Err(PoolError::Full { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         self.finish_permits(options, service)?;
 
-        let mut report = ReclaimReport::default();
-        let marks = self.mark()?;
-        report.expired_points = marks.expired;
-
-        // What each pack holds that is in use. A chunk with several copies is in use in the first healthy one only.
-        let state = self.state().clone();
-        let mut used: BTreeMap<PackId, Vec<(ChunkId, Location)>> =
-            self.index().packs().keys().map(|id| (*id, Vec::new())).collect();
-        let lengths: BTreeMap<PackId, PackInfo> = self
-            .index()
-            .packs()
-            .iter()
-            // A missing pack frees nothing, but goes through the same steps: then nothing asks for it any more.
-            .map(|(id, info)| (*id, PackInfo { length: if info.present { info.length } else { 0 }, ..*info }))
-            .collect();
-        report.pool_bytes = lengths.values().map(|info| info.length).sum();
-        type Homes = (BTreeMap<ChunkId, Location>, Vec<(ChunkId, Location)>);
-        let (homes, doubtful): Homes =
-            self.for_each_chunk(Homes::default, |(homes, doubtful), id, place| {
-                let Some(info) = lengths.get(&place.pack).filter(|_| marks.chunks.contains(&id)) else {
-                    return;
-                };
-                let is_damaged = !info.present
-                    || state
-                        .damaged
-                        .get(&place.pack)
-                        .is_some_and(|frames| frames.is_empty() || frames.contains(&place.frame()));
-                if is_damaged {
-                    doubtful.push((id, place));
-                    return;
-                }
-                let rank = |place: &Location| (state.quarantined.contains_key(&place.pack), *place);
-                homes.entry(id).and_modify(|home| *home = (*home).min_by(place, rank)).or_insert(place);
-            })?;
-        for (id, place) in &homes {
-            used.entry(place.pack).or_default().push((*id, *place));
-        }
-        // The only copies of a needed chunk may lie in damaged frames: kept, for whatever can still be made of them.
-        for (id, place) in doubtful {
-            if !homes.contains_key(&id) {
-                used.entry(place.pack).or_default().push((id, place));
-            }
-        }
-
-        // Candidates: packs without use, and after copying what is used, packs with little use.
-        let mut empty = Vec::new();
-        let mut sparse = Vec::new();
-        for (id, chunks) in &used {
-            let Some(info) = lengths.get(id) else { continue };
-            if state.quarantined.contains_key(id) || state.permitted.contains_key(id) {
-                continue;
-            }
-            if chunks.is_empty() {
-                empty.push(*id);
-                continue;
-            }
-            if state.damaged.contains_key(id) || !info.present {
-                continue;
-            }
-            let live = self.live_share(*id, chunks)?;
-            if live * 100 < REWRITE_BELOW_PERCENT * info.length {
-                sparse.push(*id);
-            }
-        }
-        if !options.dry_run {
-            sparse = self.sound_only(sparse, &used, &lengths)?;
-        }
-        let freed: u64 =
-            empty.iter().chain(&sparse).filter_map(|id| lengths.get(id)).map(|info| info.length).sum();
+        let found = self.with_marks(&[], |marks| self.candidates(marks))?;
+        let mut report = ReclaimReport {
+            expired_points: found.expired,
+            pool_bytes: found.pool,
+            ..ReclaimReport::default()
+        };
+        let mut sparse = if options.dry_run { found.sparse } else { self.sound_only(found.sparse)? };
+        let freed: u64 = found.empty.iter().map(|(_, length)| length).sum::<u64>()
+            + sparse.iter().map(|pack| pack.length).sum::<u64>();
         let allowed = u64::from(options.breaker_percent.unwrap_or(self.settings().breaker_percent));
         if report.pool_bytes > 0 && freed * 100 > allowed * report.pool_bytes {
             return Err(PoolError::Breaker { percent: freed * 100 / report.pool_bytes, allowed });
@@ -207,49 +157,189 @@ impl Pool {
             report.quarantined_bytes = freed;
             return Ok(report);
         }
-        if !sparse.is_empty() {
-            let moving: Vec<(ChunkId, Location)> =
-                sparse.iter().filter_map(|id| used.get(id)).flatten().copied().collect();
-            report.rewritten_bytes = self.copy_out(&moving, &lengths)?;
-        }
-        let mut quarantine = empty;
-        quarantine.extend(sparse);
-        quarantine.sort_unstable();
-        for part in quarantine.chunks(PACKS_A_RECORD) {
-            let record = payload::Packs {
-                packs: part.iter().flat_map(|id| id.0).collect(),
-                bytes: freed,
-                rewritten: report.rewritten_bytes,
-            };
-            self.append(Kind::Quarantine, &record)?;
-            report.quarantined_bytes = freed;
-        }
+        report.rewritten_bytes = match self.copy_out(&sparse) {
+            // No room to copy: what is empty goes first, and gives some.
+            Err(PoolError::Full { .. }) => {
+                sparse.clear();
+                0
+            }
+            copied => copied?,
+        };
+        let mut packs = found.empty;
+        packs.extend(sparse.iter().map(|pack| (pack.id, pack.length)));
+        packs.sort_unstable();
+        report.quarantined_bytes = self.quarantine(packs, report.rewritten_bytes)?;
         self.permit(options, service, &mut report)?;
+        self.make_ballast()?;
         Ok(report)
+    }
+
+    /// Puts packs into quarantine, but for those that something under way makes or shares. Gives their bytes.
+    fn quarantine(&self, mut packs: Vec<(PackId, u64)>, rewritten: u64) -> Result<u64, PoolError> {
+        // Held over the record: nobody pins a pack between the look and the record.
+        let activity = self.activity();
+        packs.retain(|(id, _)| !activity.is_pinned(*id));
+        let bytes = packs.iter().map(|(_, length)| length).sum();
+        for part in packs.chunks(PACKS_A_RECORD) {
+            let packs = part.iter().flat_map(|(id, _)| id.0).collect();
+            self.append(Kind::Quarantine, &payload::Packs { packs, bytes, rewritten })?;
+        }
+        Ok(bytes)
+    }
+
+    /// Packs without use, and those with so little that copying it pays. Holds a few numbers for each pack, and nothing
+    /// for a chunk.
+    fn candidates(&self, marks: &Marks) -> Result<Candidates, PoolError> {
+        let state = self.state().clone();
+        let view = &marks.view;
+        let mut found = Candidates { expired: marks.expired, pool: 0, empty: Vec::new(), sparse: Vec::new() };
+        found.pool = view.packs.iter().filter(|(_, info)| info.present).map(|(_, info)| info.length).sum();
+        let pack = |place: &ViewPlace| view.packs.get(place.pack as usize);
+        // A chunk with several copies is needed in one only: the newest sound one that is not on its way out.
+        let is_sound = |place: &&ViewPlace| {
+            pack(place).is_some_and(|(id, info)| {
+                info.present
+                    && !state.permitted.contains_key(id)
+                    && state.is_undamaged(*id, Location { pack: *id, at: place.at }.frame())
+            })
+        };
+        let stays =
+            |place: &&ViewPlace| pack(place).is_some_and(|(id, _)| !state.quarantined.contains_key(id));
+        let home = |places: &[ViewPlace]| -> Option<ViewPlace> {
+            let sound = || places.iter().rev().filter(|place| is_sound(place));
+            sound().find(|place| stays(place)).or(sound().next()).copied()
+        };
+        let mut tallies = vec![Tally::default(); view.packs.len()];
+        let mut groups = view.groups(&marks.bits)?;
+        while let Some((_, is_needed, places)) = groups.next()? {
+            let home = home(places);
+            for place in places {
+                let Some(tally) = tallies.get_mut(place.pack as usize) else { continue };
+                tally.chunks += 1;
+                // If there are only damaged copies, all are kept, for whatever can still be made of them.
+                let is_home = home.is_none_or(|home| home == *place);
+                tally.used += u32::from(is_needed && is_home);
+            }
+        }
+        let activity = self.activity();
+        let mut may_be_sparse = vec![false; tallies.len()];
+        for (at, ((id, info), tally)) in view.packs.iter().zip(&tallies).enumerate() {
+            let is_on_its_way = state.quarantined.contains_key(id) || state.permitted.contains_key(id);
+            if is_on_its_way || activity.is_pinned(*id) {
+                continue;
+            }
+            // A missing pack frees nothing, but goes through the same steps: then nothing asks for it any more.
+            let length = if info.present { info.length } else { 0 };
+            if tally.used == 0 {
+                found.empty.push((*id, length));
+            } else if info.present
+                && !state.damaged.contains_key(id)
+                && u64::from(tally.used) * 100 < u64::from(tally.chunks) * LOOK_BELOW_PERCENT
+                && let Some(may) = may_be_sparse.get_mut(at)
+            {
+                *may = true;
+            }
+        }
+        drop(activity);
+        if !may_be_sparse.contains(&true) {
+            return Ok(found);
+        }
+        let mut used: Sorter<8> = Sorter::new(&self.world.files, self.room, distinct);
+        let mut groups = view.groups(&marks.bits)?;
+        while let Some((_, is_needed, places)) = groups.next()? {
+            if is_needed
+                && let Some(place) = home(places)
+                && may_be_sparse.get(place.pack as usize) == Some(&true)
+            {
+                let mut record: Used = [0; 8];
+                record[..4].copy_from_slice(&place.pack.to_be_bytes());
+                record[4..].copy_from_slice(&place.at.to_be_bytes());
+                match used.push(record) {
+                    // No room to sort, and none to copy to: what is empty goes first.
+                    Err(PoolError::Full { .. }) => return Ok(found),
+                    pushed => pushed?,
+                }
+            }
+        }
+        let used = used.finish();
+        let mut sparse = Vec::new();
+        self.each_pack(view, &used, &mut |at, id, length, used| {
+            let live = self.live_bytes(id, &used)?;
+            if live * 100 < REWRITE_BELOW_PERCENT * length {
+                sparse.push((live * 1000 / length.max(1), at, live, length));
+            }
+            Ok(())
+        })?;
+        // The emptiest first, and no more than what that frees.
+        sparse.sort_unstable();
+        let (mut freed, mut written) = (found.empty.iter().map(|(_, length)| length).sum::<u64>(), 0);
+        let chosen: BTreeSet<u32> = sparse
+            .into_iter()
+            .take(REWRITES)
+            .take_while(|(_, _, live, length)| {
+                written += live;
+                freed += length.saturating_sub(*live);
+                written <= freed
+            })
+            .map(|(_, at, ..)| at)
+            .collect();
+        self.each_pack(view, &used, &mut |at, id, length, used| {
+            if chosen.contains(&at) {
+                found.sparse.push(Sparse { id, length, used });
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// Goes through used places, pack by pack.
+    fn each_pack(
+        &self,
+        view: &View,
+        used: &Sorted<8>,
+        each: &mut dyn FnMut(u32, PackId, u64, BTreeSet<u32>) -> Result<(), PoolError>,
+    ) -> Result<(), PoolError> {
+        let mut reader = used.read();
+        let mut open: Option<(u32, BTreeSet<u32>)> = None;
+        loop {
+            let next = reader.next()?.map(|[a, b, c, d, e, f, g, h]| {
+                (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
+            });
+            if let Some((pack, at)) = next
+                && let Some((same, places)) = &mut open
+                && *same == pack
+            {
+                places.insert(at);
+                continue;
+            }
+            if let Some((at, places)) = open.take()
+                && let Some((id, info)) = view.packs.get(at as usize)
+            {
+                each(at, *id, info.length, places)?;
+            }
+            let Some((pack, at)) = next else { return Ok(()) };
+            open = Some((pack, BTreeSet::from([at])));
+        }
     }
 
     /// Of these packs, those of which everything that is used can be read. Damage of the others is recorded: they stay,
     /// for whatever can still be made of them.
-    fn sound_only(
-        &self,
-        packs: Vec<PackId>,
-        used: &BTreeMap<PackId, Vec<(ChunkId, Location)>>,
-        about: &BTreeMap<PackId, PackInfo>,
-    ) -> Result<Vec<PackId>, PoolError> {
+    fn sound_only(&self, packs: Vec<Sparse>) -> Result<Vec<Sparse>, PoolError> {
         let mut sound = Vec::new();
-        for id in packs {
-            let (Some(chunks), Some(info)) = (used.get(&id), about.get(&id)) else { continue };
-            let frames: BTreeSet<u32> = chunks.iter().map(|(_, place)| place.frame()).collect();
+        for pack in packs {
+            let Some(info) = self.index().packs().get(&pack.id).copied() else { continue };
+            let frames: BTreeSet<u32> =
+                pack.used.iter().map(|&at| Location { pack: pack.id, at }.frame()).collect();
             let damaged: Vec<u32> = frames
                 .into_iter()
-                .filter(|&at| !self.reader.is_sound(Location::new(id, at, 0), info.domain))
+                .filter(|&at| !self.reader.is_sound(Location::new(pack.id, at, 0), info.domain))
                 .collect();
             if damaged.is_empty() {
-                sound.push(id);
+                sound.push(pack);
                 continue;
             }
             let record = payload::Damage {
-                pack: id.0.to_vec(),
+                pack: pack.id.0.to_vec(),
                 frames: damaged,
                 reason: "it could not be read or did not fit its seal when a reclaim wanted to copy it"
                     .to_owned(),
@@ -259,66 +349,60 @@ impl Pool {
         Ok(sound)
     }
 
-    /// Stored bytes of the frames of a pack that hold used chunks.
-    fn live_share(&self, id: PackId, chunks: &[(ChunkId, Location)]) -> Result<u64, PoolError> {
+    /// Stored bytes of chunks of a pack: the share of each in its frame.
+    fn live_bytes(&self, id: PackId, used: &BTreeSet<u32>) -> Result<u64, PoolError> {
         let table = match packs::read_table(&*self.world.files, &self.keys, id) {
             Ok(table) => table,
             Err(error @ PoolError::Io { .. }) => return Err(error),
             // A damaged table: leave the pack alone.
-            Err(_) => return Ok(u64::MAX / 200),
+            Err(_) => return Ok(u64::MAX / 2000),
         };
-        let mut frames: BTreeMap<u32, u64> = BTreeMap::new();
-        for entry in &table.table {
-            frames.entry(Location { pack: id, at: entry.location }.frame()).or_default();
-        }
-        let starts: Vec<u32> = frames.keys().copied().collect();
-        let end = table.length as u32;
-        for (position, start) in starts.iter().enumerate() {
-            let next = starts.get(position + 1).copied().unwrap_or(end);
-            frames.insert(*start, u64::from(next.saturating_sub(*start)));
-        }
-        let mut chunks_in: BTreeMap<u32, u64> = BTreeMap::new();
-        for entry in &table.table {
-            *chunks_in.entry(Location { pack: id, at: entry.location }.frame()).or_default() += 1;
-        }
-        let mut live = 0;
-        for (_, place) in chunks {
-            let span = frames.get(&place.frame()).copied().unwrap_or(0);
-            live += span / chunks_in.get(&place.frame()).copied().unwrap_or(1).max(1);
-        }
-        Ok(live)
+        let shares = packs::shares(&table);
+        Ok(used.iter().filter_map(|at| shares.get(at)).sum())
     }
 
-    /// Copies chunks into new packs, durable and indexed. Each is decoded and compared with its id on the way.
-    fn copy_out(
-        self: &Arc<Self>,
-        moving: &[(ChunkId, Location)],
-        packs: &BTreeMap<PackId, PackInfo>,
-    ) -> Result<u64, PoolError> {
-        let mut by_target: BTreeMap<(model::DomainId, u16), Vec<(ChunkId, Location)>> = BTreeMap::new();
-        for (id, place) in moving {
-            if let Some(info) = packs.get(&place.pack) {
-                by_target.entry((info.domain, info.kind as u16)).or_default().push((*id, *place));
-            }
-        }
+    /// Copies what is used of packs into new packs, durable and indexed. Each chunk is decoded and compared with its id on
+    /// the way. Gives the bytes written.
+    fn copy_out(self: &Arc<Self>, packs: &[Sparse]) -> Result<u64, PoolError> {
+        let mut writers: BTreeMap<(model::DomainId, u16), PackWriter> = BTreeMap::new();
         let mut written = 0;
-        for ((domain, kind), mut chunks) in by_target {
-            let Some(kind) = PackKind::of(kind) else { continue };
-            chunks.sort_by_key(|(_, place)| *place);
+        let mut finish = |writer: PackWriter| -> Result<(), PoolError> {
+            let finished = self.finish_pack(writer)?;
+            written += finished.length;
+            self.index_mut().add_loose(&finished);
+            Ok(())
+        };
+        for pack in packs {
+            let table = packs::read_table(&*self.world.files, &self.keys, pack.id)?;
+            let PackHeader { domain, kind, .. } = table.header;
             let keys = self.domain_keys(domain);
             let (chunk_kind, group) = match kind {
                 PackKind::Blocks => (ChunkKind::Block, 4),
                 PackKind::Nodes => (ChunkKind::Node, pack::MAX_CHUNKS),
             };
-            let mut writer: Option<PackWriter> = None;
-            for part in chunks.chunks(group) {
+            let ids: Vec<ChunkId> = table
+                .table
+                .iter()
+                .filter(|entry| pack.used.contains(&entry.location))
+                .map(|entry| entry.id)
+                .collect();
+            if ids.len() != pack.used.len() {
+                return Err(PoolError::Stopped {
+                    reason: format!(
+                        "the table of pack {} has {} of {} chunks that the index names",
+                        pack.id,
+                        ids.len(),
+                        pack.used.len()
+                    ),
+                });
+            }
+            for part in ids.chunks(group) {
                 let mut contents = Vec::with_capacity(part.len());
-                for (id, _) in part {
+                for id in part {
                     let mut content = Vec::new();
                     self.read_chunk(&keys, chunk_kind, id, &mut |bytes| content.extend_from_slice(bytes))?;
                     contents.push(content);
                 }
-                let ids: Vec<ChunkId> = part.iter().map(|(id, _)| *id).collect();
                 let (codec, encoded, decoded) = match kind {
                     PackKind::Blocks => {
                         let joined = contents.concat();
@@ -331,32 +415,31 @@ impl Pool {
                         (frame::PLAIN, joined, length)
                     }
                 };
-                if writer.is_none() {
-                    let id = PackId(self.world.random_id()?);
-                    writer = Some(PackWriter::begin(self.world.files.clone(), self.id(), &keys, kind, id)?);
-                }
-                if let Some(open) = &mut writer {
-                    open.put(codec, &encoded, decoded as u32, &ids)?;
-                    if open.length() >= packs::PACK_BYTES
-                        && let Some(full) = writer.take()
-                    {
-                        let finished = self.finish_pack(full)?;
-                        written += finished.length;
-                        self.index_mut().add_loose(&finished);
+                let target = (domain, kind as u16);
+                let mut writer = match writers.remove(&target) {
+                    Some(writer) => writer,
+                    None => {
+                        let id = PackId(self.world.random_id()?);
+                        PackWriter::begin(self.world.files.clone(), self.id(), &keys, kind, id)?
                     }
+                };
+                writer.put(codec, &encoded, decoded as u32, part)?;
+                if writer.length() >= packs::PACK_BYTES {
+                    finish(writer)?;
+                } else {
+                    writers.insert(target, writer);
                 }
-            }
-            if let Some(last) = writer {
-                let finished = self.finish_pack(last)?;
-                written += finished.length;
-                self.index_mut().add_loose(&finished);
             }
         }
-        self.flush_index()?;
+        writers.into_values().try_for_each(finish)?;
+        if !packs.is_empty() {
+            self.flush_index()?;
+        }
         Ok(written)
     }
 
-    /// Packs whose hold is over get a permit, after a second mark; then they are unlinked.
+    /// Packs whose hold is over, and before whose quarantine nothing began that still runs, get a permit after a second
+    /// mark; then they are unlinked.
     fn permit(
         self: &Arc<Self>,
         options: ReclaimOptions,
@@ -364,73 +447,141 @@ impl Pool {
         report: &mut ReclaimReport,
     ) -> Result<(), PoolError> {
         let hold = options.hold.unwrap_or(0).max(self.settings().reclaim_hold) * Timestamp::SECOND;
-        let state = self.state().clone();
-        let about: BTreeMap<PackId, PackInfo> =
-            self.index().packs().iter().map(|(id, info)| (*id, *info)).collect();
-        let length = |id: &PackId| about.get(id).filter(|info| info.present).map_or(0, |info| info.length);
         let mut due = Vec::new();
-        for (id, quarantined) in &state.quarantined {
-            let waited = state.pool_time.saturating_sub(quarantined.since);
-            if waited >= hold {
-                due.push(*id);
-            } else {
-                report.held_bytes += length(id);
-                let left = (hold - waited).div_ceil(Timestamp::SECOND);
-                report.held_for = if report.held_for == 0 { left } else { report.held_for.min(left) };
+        {
+            // Before the mark looks at the points: what ended until now has its commit among them.
+            let activity = self.activity();
+            let state = self.state();
+            let index = self.index();
+            let known = |id: &PackId| index.packs().get(id).filter(|info| info.present);
+            for (id, quarantined) in &state.quarantined {
+                let length = known(id).map_or(0, |info| info.length);
+                let waited = state.pool_time.saturating_sub(quarantined.since);
+                if waited < hold {
+                    report.held_bytes += length;
+                    let left = (hold - waited).div_ceil(Timestamp::SECOND);
+                    report.held_for = if report.held_for == 0 { left } else { report.held_for.min(left) };
+                } else if activity.has_ingest_before(quarantined.number) || index.is_unlisted(*id) {
+                    report.held_bytes += length;
+                    report.waiting_bytes += length;
+                } else {
+                    due.push((*id, length));
+                }
             }
         }
-        if !due.is_empty() {
-            // The re-check: a chunk in use that has no other copy, read and proved now, keeps its pack. So a copy that
-            // rotted unseen never costs the one that is right.
-            let marks = self.mark()?;
-            let is_due: HashSet<PackId> = due.iter().copied().collect();
-            let inside = self.for_each_chunk(Vec::new, |inside, id, place| {
-                if marks.chunks.contains(&id) && is_due.contains(&place.pack) {
-                    inside.push((id, place.pack));
-                }
-            })?;
-            let mut proved: HashMap<(PackId, u32), bool> = HashMap::new();
-            let mut needed: HashSet<PackId> = HashSet::new();
-            for (id, pack) in inside {
-                if needed.contains(&pack) || !about.get(&pack).is_some_and(|info| info.present) {
-                    continue;
-                }
-                let has_other = self.find(&id)?.into_iter().any(|place| {
-                    !is_due.contains(&place.pack)
-                        && state.is_healthy(place.pack, place.frame())
-                        && about.get(&place.pack).is_some_and(|info| {
-                            *proved
-                                .entry((place.pack, place.frame()))
-                                .or_insert_with(|| self.reader.is_sound(place, info.domain))
-                        })
-                });
-                if !has_other {
-                    needed.insert(pack);
-                }
-            }
-            let released: Vec<PackId> = due.iter().copied().filter(|id| needed.contains(id)).collect();
-            due.retain(|id| !needed.contains(id));
-            if !released.is_empty() {
-                report.released_packs = released.len() as u64;
-                let record = payload::Packs {
-                    packs: released.iter().flat_map(|id| id.0).collect(),
-                    bytes: 0,
-                    rewritten: 0,
-                };
-                self.append(Kind::Release, &record)?;
-            }
+        if due.is_empty() {
+            return Ok(());
+        }
+        let is_due: HashSet<PackId> = due.iter().map(|(id, _)| *id).collect();
+        let needed = self.with_marks(&[], |marks| match self.needed_of(marks, &is_due, true) {
+            // No room to sort: in no order, then.
+            Err(PoolError::Full { .. }) => self.needed_of(marks, &is_due, false),
+            done => done,
+        })?;
+        let released: Vec<PackId> = is_due.intersection(&needed).copied().collect();
+        due.retain(|(id, _)| !needed.contains(id));
+        if !released.is_empty() {
+            report.released_packs = released.len() as u64;
+            let packs = released.iter().flat_map(|id| id.0).collect();
+            self.append(Kind::Release, &payload::Packs { packs, bytes: 0, rewritten: 0 })?;
         }
         for part in due.chunks(PACKS_A_RECORD) {
-            let bytes = part.iter().map(length).sum();
-            let record =
-                payload::Packs { packs: part.iter().flat_map(|id| id.0).collect(), bytes, rewritten: 0 };
-            let number = self.append(Kind::Permit, &record)?;
+            let bytes = part.iter().map(|(_, length)| length).sum();
+            let packs: Vec<PackId> = part.iter().map(|(id, _)| *id).collect();
+            let ids = packs.iter().flat_map(|id| id.0).collect();
+            let number = self.append(Kind::Permit, &payload::Packs { packs: ids, bytes, rewritten: 0 })?;
             report.freed_bytes += bytes;
             report.freed_packs += part.len() as u64;
-            self.index_mut().set_leftover(part, true);
-            self.after_permit(number, part, service)?;
+            self.index_mut().set_leftover(&packs, true);
+            self.after_permit(number, &packs, service)?;
         }
         Ok(())
+    }
+
+    /// Which of the due packs hold a chunk that is needed and of which no copy elsewhere can be read and fits its seal now.
+    /// So a copy that rotted unseen never costs the one that is right.
+    fn needed_of(
+        &self,
+        marks: &Marks,
+        due: &HashSet<PackId>,
+        is_sorted: bool,
+    ) -> Result<HashSet<PackId>, PoolError> {
+        let view = &marks.view;
+        let is_due: Vec<bool> =
+            view.packs.iter().map(|(id, info)| info.present && due.contains(id)).collect();
+        let at = |place: &ViewPlace| place.pack as usize;
+        let location = |place: &ViewPlace| {
+            view.packs.get(at(place)).map(|(id, info)| (Location { pack: *id, at: place.at }, info))
+        };
+        let is_other = |place: &&ViewPlace| {
+            location(place).is_some_and(|(location, info)| {
+                info.present
+                    && !due.contains(&location.pack)
+                    && self.state().is_healthy(location.pack, location.frame())
+            })
+        };
+        let has_sound_copy = |id: &ChunkId| -> Result<bool, PoolError> {
+            Ok(self.find(id)?.into_iter().any(|place| {
+                let domain = self.index().packs().get(&place.pack).map(|info| info.domain);
+                !due.contains(&place.pack)
+                    && self.state().is_healthy(place.pack, place.frame())
+                    && domain.is_some_and(|domain| self.reader.is_sound(place, domain))
+            }))
+        };
+        let mut needed = vec![false; view.packs.len()];
+        // Other places, in their order, so that each frame is read once: place, due pack, chunk.
+        let mut others: Sorter<28> = Sorter::new(&self.world.files, self.room, distinct);
+        let mut groups = view.groups(&marks.bits)?;
+        while let Some((id, is_needed, places)) = groups.next()? {
+            if !is_needed {
+                continue;
+            }
+            for place in places.iter().filter(|place| is_due.get(at(place)) == Some(&true)) {
+                let Some(needed) = needed.get_mut(at(place)) else { continue };
+                match places.iter().rev().find(is_other) {
+                    _ if *needed => {}
+                    None => *needed = true,
+                    Some(other) => {
+                        let mut record = [0; 28];
+                        record[..4].copy_from_slice(&other.pack.to_be_bytes());
+                        record[4..8].copy_from_slice(&other.at.to_be_bytes());
+                        record[8..12].copy_from_slice(&place.pack.to_be_bytes());
+                        record[12..].copy_from_slice(&id.0);
+                        if is_sorted {
+                            others.push(record)?;
+                        } else {
+                            *needed = !has_sound_copy(&id)?;
+                        }
+                    }
+                }
+            }
+        }
+        let others = others.finish();
+        let mut others = others.read();
+        let mut last: Option<(PackId, u32, bool)> = None;
+        while let Some(record) = others.next()? {
+            let number =
+                |at: usize| u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]);
+            let Some(needed) = needed.get_mut(number(8) as usize).filter(|needed| !**needed) else {
+                continue;
+            };
+            let Some((place, info)) = location(&ViewPlace { pack: number(0), at: number(4) }) else {
+                continue;
+            };
+            let is_sound = match last {
+                Some((pack, frame, is_sound)) if (pack, frame) == (place.pack, place.frame()) => is_sound,
+                _ => self.reader.is_sound(place, info.domain),
+            };
+            last = Some((place.pack, place.frame(), is_sound));
+            if is_sound {
+                continue;
+            }
+            let mut id = ChunkId([0; 16]);
+            id.0.copy_from_slice(&record[12..]);
+            *needed = !has_sound_copy(&id)?;
+        }
+        let packs = view.packs.iter().zip(needed);
+        Ok(packs.filter(|(_, needed)| *needed).map(|((id, _), _)| *id).collect())
     }
 
     fn after_permit(
@@ -441,7 +592,7 @@ impl Pool {
     ) -> Result<(), PoolError> {
         let is_gone: HashSet<PackId> = gone.iter().copied().collect();
         // New run first, so that no moment has an index without a chunk that is there; the old ones last.
-        self.write_run(|index, head| index.rewrite(head, &|pack| !is_gone.contains(&pack)))?;
+        self.drop_packs(&|pack| is_gone.contains(&pack))?;
         gone.iter().for_each(|pack| self.forget_pack(*pack));
         let superseded = self.index().superseded();
         service.carry_out(Some(permit), &superseded)?;
@@ -467,20 +618,34 @@ impl Pool {
                 open.entry(*permit).or_default().push(*pack);
             }
         }
-        if !open.is_empty() {
-            // A writer that could not read the permit may have shared what it names since.
-            let marks = self.mark()?;
-            for pack in open.values().flatten() {
-                let Ok(table) = packs::read_table(&*self.world.files, &self.keys, *pack) else { continue };
-                for entry in table.table.iter().filter(|entry| marks.chunks.contains(&entry.id)) {
-                    let places = self.find(&entry.id)?;
-                    if !places.iter().any(|place| state.is_healthy(place.pack, place.frame())) {
-                        let reason =
-                            format!("a point needs chunk {} of pack {pack}, which has a permit", entry.id);
+        // A writer that could not read the permit may have shared what it names since.
+        let leftovers: Vec<PackId> = open.values().flatten().copied().collect();
+        for part in leftovers.chunks(TABLES_TOGETHER) {
+            let read = |pack: &PackId| packs::read_table(&*self.world.files, &self.keys, *pack).ok();
+            let tables: Vec<FinishedPack> = part.iter().filter_map(read).collect();
+            let part: HashSet<PackId> = part.iter().copied().collect();
+            self.with_marks(&tables, |marks| {
+                let mut groups = marks.view.groups(&marks.bits)?;
+                while let Some((id, is_needed, places)) = groups.next()? {
+                    let places = || {
+                        places
+                            .iter()
+                            .filter_map(|place| Some((place, marks.view.packs.get(place.pack as usize)?)))
+                    };
+                    let Some((_, (left, _))) = places().find(|(_, (pack, _))| part.contains(pack)) else {
+                        continue;
+                    };
+                    let is_healthy = |(place, (pack, info)): (&ViewPlace, &(PackId, PackInfo))| {
+                        let frame = Location { pack: *pack, at: place.at }.frame();
+                        info.present && self.state().is_healthy(*pack, frame)
+                    };
+                    if is_needed && !places().any(is_healthy) {
+                        let reason = format!("a point needs chunk {id} of pack {left}, which has a permit");
                         return Err(PoolError::Stopped { reason });
                     }
                 }
-            }
+                Ok(())
+            })?;
         }
         for (permit, packs) in open {
             self.after_permit(permit, &packs, service)?;
@@ -492,73 +657,6 @@ impl Pool {
         service.carry_out(None, &superseded)?;
         self.index_mut().forget_superseded(&superseded);
         Ok(())
-    }
-}
-
-trait MinBy {
-    fn min_by<K: Ord>(self, other: Self, key: impl Fn(&Self) -> K) -> Self;
-}
-impl MinBy for Location {
-    fn min_by<K: Ord>(self, other: Location, key: impl Fn(&Location) -> K) -> Location {
-        if key(&other) < key(&self) { other } else { self }
-    }
-}
-
-/// The deletion service: reads the permit from the pool itself and unlinks exactly what it names.
-///
-/// It believes nothing it is told but numbers: the packs come from the sealed record, and a run is unlinked only if a
-/// readable run supersedes it.
-pub fn run_deletion_service(
-    world: &World,
-    removal: &dyn Removal,
-    recipient: &crate::kit::Recipient,
-    permit: Option<u64>,
-    runs: &[u64],
-) -> Result<(), PoolError> {
-    let (root, _) = crate::pool::unwrap_root(world, recipient)?;
-    let keys = Keys::new(recipient.pool, root);
-    let state = sequence::load(&*world.files, &keys)?;
-    if let Some(record) = state.unreadable.first() {
-        return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
-    }
-    let io = |name: &str, source| PoolError::io(world.files.display(name), "remove", source);
-    if let Some(permit) = permit {
-        for (pack, number) in &state.permitted {
-            if *number == permit {
-                let name = pack::name(*pack);
-                removal.remove(&name).map_err(|source| io(&name, source))?;
-            }
-        }
-    }
-    for name in crate::bundle::superseded(&*world.files, &keys)? {
-        removal.remove(&name).map_err(|source| io(&name, source))?;
-    }
-    if runs.is_empty() {
-        return Ok(());
-    }
-    let permitted = state.permitted;
-    let index = crate::index::Index::open(world.files.clone(), &keys, &|pack| permitted.contains_key(&pack))?;
-    let superseded = index.superseded();
-    for number in runs.iter().filter(|number| superseded.contains(number)) {
-        let name = run::name(*number);
-        removal.remove(&name).map_err(|source| io(&name, source))?;
-    }
-    Ok(())
-}
-
-/// A deletion service in this process: for simulations and tests.
-pub struct InProcessDeletion {
-    /// The pool's world.
-    pub world: World,
-    /// The right to remove.
-    pub removal: Arc<dyn Removal>,
-    /// A way into the pool.
-    pub recipient: crate::kit::Recipient,
-}
-
-impl DeletionService for InProcessDeletion {
-    fn carry_out(&self, permit: Option<u64>, runs: &[u64]) -> Result<(), PoolError> {
-        run_deletion_service(&self.world, &*self.removal, &self.recipient, permit, runs)
     }
 }
 
@@ -605,44 +703,5 @@ impl Pool {
         report.total =
             self.world.files.total_bytes().map_err(|source| PoolError::io(self.path(), "measure", source))?;
         Ok(report)
-    }
-
-    /// For each point that is not expired, the bytes of blocks (64 KiB each, before compression) that no other such
-    /// point uses. One walk over all maps; parts that points share are walked once.
-    pub fn unique_bytes(self: &Arc<Self>) -> std::collections::HashMap<RecoveryPointId, u64> {
-        let state = self.state().clone();
-        let live: Vec<&crate::state::Point> =
-            state.in_order().filter(|point| !state.is_expired(point, self.settings().soft_delete)).collect();
-        // Who uses a chunk: one point by its place, or several. A node that a second point shares makes everything
-        // below it shared; since a first walk may have called parts of it one's own, it is walked once more.
-        const SEVERAL: u32 = u32::MAX;
-        let mut nodes: std::collections::HashMap<ChunkId, u32> = std::collections::HashMap::new();
-        let mut blocks: std::collections::HashMap<ChunkId, u32> = std::collections::HashMap::new();
-        let own = |users: &mut std::collections::HashMap<ChunkId, u32>, id: ChunkId, place: u32| -> u32 {
-            let user = users.entry(id).or_insert(place);
-            let before = *user;
-            if before != place {
-                *user = SEVERAL;
-            }
-            before
-        };
-        for (point, place) in live.iter().zip(0u32..) {
-            for disk in &point.disks {
-                let source = PoolNodes { pool: self.clone(), keys: self.domain_keys(point.domain) };
-                let map = MapReader::new(source, MapRoot { root: disk.root, levels: disk.levels });
-                map.walk(
-                    &mut |node, _| own(&mut nodes, node, place) != SEVERAL,
-                    &mut |_, chunk| {
-                        own(&mut blocks, chunk, place);
-                    },
-                    &mut |_, _| {},
-                );
-            }
-        }
-        let mut bytes = vec![0u64; live.len()];
-        for place in blocks.into_values().filter(|place| *place != SEVERAL) {
-            bytes[place as usize] += model::BLOCK_BYTES;
-        }
-        live.iter().zip(bytes).map(|(point, bytes)| (point.id, bytes)).collect()
     }
 }

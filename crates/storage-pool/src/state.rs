@@ -291,8 +291,14 @@ impl State {
 
     /// Whether a soft-deleted point's period is over.
     pub fn is_expired(&self, point: &Point, soft_delete_seconds: u64) -> bool {
+        self.is_expired_at(point, soft_delete_seconds, self.pool_time)
+    }
+
+    /// Whether a soft-deleted point's period was over at pool time `at`, for whoever began then.
+    pub fn is_expired_at(&self, point: &Point, soft_delete_seconds: u64, at: u64) -> bool {
         point.deleted.as_ref().is_some_and(|(since, _)| {
-            self.pool_time.saturating_sub(*since) >= soft_delete_seconds.saturating_mul(Timestamp::SECOND)
+            at.checked_sub(*since)
+                .is_some_and(|passed| passed >= soft_delete_seconds.saturating_mul(Timestamp::SECOND))
         })
     }
 
@@ -301,6 +307,11 @@ impl State {
         if self.quarantined.contains_key(&pack) || self.permitted.contains_key(&pack) {
             return false;
         }
+        self.is_undamaged(pack, frame)
+    }
+
+    /// Whether no damage of a frame is recorded.
+    pub fn is_undamaged(&self, pack: PackId, frame: u32) -> bool {
         self.damaged.get(&pack).is_none_or(|frames| !frames.is_empty() && !frames.contains(&frame))
     }
 }

@@ -4,9 +4,9 @@
 //! does; a pool on which nothing is ever reclaimed would keep all of them.
 
 use crate::bundle;
+use crate::deletion::DeletionService;
 use crate::error::PoolError;
 use crate::pool::Pool;
-use crate::reclaim::DeletionService;
 
 /// So many needless files are left lying before the service is asked: it reads every record first.
 const MANY: u64 = 32;

@@ -159,6 +159,8 @@ impl Pool {
         progress: &mut dyn VerifyProgress,
     ) -> Result<VerifyReport, PoolError> {
         let depth = options.depth;
+        // What is there now stays needed for as long as this runs, whatever expires meanwhile.
+        let _pass = self.enter_reading();
         let mut report = VerifyReport { damage: self.notes().to_vec(), ..VerifyReport::default() };
         for found in self.recheck_records()? {
             let is_same = |known: &Damage| {
@@ -177,6 +179,10 @@ impl Pool {
             None => None,
         };
         let is_index_due = due.is_none_or(|due| due.holds(0));
+        if depth != Depth::Structure && is_index_due {
+            let reserve = self.settings().reserve.unwrap_or(0);
+            report.damage.extend(crate::reserve::examine(&*self.world.files, self.id(), reserve)?);
+        }
         let runs = if is_index_due { self.index().examine() } else { Vec::new() };
         for damage in &runs {
             if let Damage::File { path, .. } = damage {
@@ -226,6 +232,11 @@ impl Pool {
                 Err(error) => {
                     failed = Some(error);
                     false
+                }
+                // A reclaim let the pack go while it was being read: nothing is damaged.
+                Ok(found) if !found.damage.is_empty() && self.let_go(*id) => {
+                    done += info.length;
+                    progress.update(done, total)
                 }
                 Ok(found) => {
                     if depth == Depth::ReadData {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use environment::SeededRandomness;
 use environment::simulated::{Operation, SimulatedFiles, Snapshot};
 use model::RecoveryPointId;
-use rig::{Content, Order, Rig, is_exact, store};
+use rig::{Content, Open, Order, Rig, is_exact, store};
 use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Pool, PoolError, Settings};
@@ -59,7 +59,11 @@ struct Prepared {
 
 /// Two points that share, ready for anything.
 fn prepare() -> Prepared {
-    let rig = Rig::new(1, settings());
+    prepare_with(settings())
+}
+
+fn prepare_with(settings: Settings) -> Prepared {
+    let rig = Rig::new(1, settings);
     let pool = rig.writer(1).unwrap();
     let first = order(1, None, &[(0, 1), (1, 2), (4, 3)]);
     let second = order(2, Some(1), &[(1, 4)]);
@@ -290,6 +294,59 @@ fn reclaim() {
         },
     );
     assert!(states >= 9, "{states}");
+}
+
+/// The volume is full, the ballast goes, a point is deleted, space comes back, ballast is made again.
+#[test]
+fn ballast() {
+    let mut prepared = prepare_with(Settings { reserve: Some(16 << 10), ..settings() });
+    prepared.doubtful.extend(prepared.ledger.remove_entry(&id(1)));
+    let used = prepared.snapshot.files().map(|(_, bytes)| bytes.len() as u64).sum();
+    let states = every_crash(
+        &prepared,
+        &|rig| {
+            let pool = rig.writer(1)?;
+            rig.files.set_capacity(Some(used));
+            pool.make_room(&rig.deletion())?;
+            let deleted = pool.delete_point(id(1), "test");
+            rig.files.set_capacity(None);
+            deleted?;
+            pool.reclaim(ReclaimOptions::default(), &rig.deletion()).map(drop)
+        },
+        &|pool| pool.point(id(1)).unwrap().deleted.is_some() && pool.space().unwrap().quarantined == 0,
+    );
+    assert!(states > 100, "{states}");
+}
+
+/// A job that stays open while points go and a reclaim frees what they had, and commits then.
+#[test]
+fn commit_after_a_reclaim_beside() {
+    let mut prepared = prepare();
+    prepared.doubtful.extend(prepared.ledger.remove_entry(&id(1)));
+    let new = order(3, Some(2), &[(0, 5), (3, 1)]);
+    let mut content = prepared.ledger[&id(2)].clone();
+    content.extend(&new.changes);
+    prepared.doubtful.insert(id(3), content);
+    let states = every_crash(
+        &prepared,
+        &|rig| {
+            let pool = rig.writer(1)?;
+            if pool.point(id(3)).is_ok() {
+                return Ok(());
+            }
+            let mut job = Open::begin(&pool, new.clone())?;
+            job.go_on()?;
+            job.settle()?;
+            rig.clock.advance(std::time::Duration::from_secs(1));
+            pool.delete_point(id(1), "test")?;
+            rig.clock.advance(std::time::Duration::from_secs(1));
+            pool.reclaim(ReclaimOptions::default(), &rig.deletion())?;
+            job.commit()?;
+            pool.reclaim(ReclaimOptions::default(), &rig.deletion()).map(drop)
+        },
+        &|pool| pool.point(id(3)).is_ok(),
+    );
+    assert!(states > 100, "{states}");
 }
 
 /// Scattered blocks written once more: the packs, the run; no record.

@@ -11,21 +11,22 @@ use storage_pool::{MapReader, MapRoot, PoolNodes};
 use super::App;
 use crate::api::names::{self, NamedPoint};
 
-/// Bytes that only one point uses, by point.
+/// Stored bytes that only one point uses, by point.
 pub(crate) type UniqueBytes = std::collections::HashMap<RecoveryPointId, u64>;
 
 /// Lists of a pool with more points do not count what is unique to each; showing one point does.
 pub(crate) const MOST_COUNTED: usize = 1000;
 
 impl App {
-    /// What only one point uses; counted once for each head of the sequence.
+    /// What only one point uses; counted once for each head of the sequence. Nothing where it cannot be counted: verify
+    /// tells why.
     pub(crate) fn unique_bytes(&self) -> UniqueBytes {
         let head = self.pool().state().head;
         let mut known = self.unique.lock().unwrap_or_else(PoisonError::into_inner);
         match &*known {
             Some((at, bytes)) if *at == head => bytes.clone(),
             _ => {
-                let bytes = self.pool().unique_bytes();
+                let bytes = self.pool().unique_bytes().unwrap_or_default();
                 *known = Some((head, bytes.clone()));
                 bytes
             }

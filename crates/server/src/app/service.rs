@@ -236,6 +236,7 @@ impl Service for AppService {
         let app = self.app();
         app.writable()?;
         let (point, _) = app.find_point(point, None, None)?;
+        app.pool().make_room(&*app.parts.deletion).map_err(jobs::problem::pool)?;
         app.pool().delete_point(point.id, &format!("deleted by {}", by.name)).map_err(jobs::problem::pool)?;
         app.parts.history.sync(app.pool())?;
         let point = app.pool().point(point.id).map_err(jobs::problem::pool)?;

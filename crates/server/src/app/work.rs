@@ -459,8 +459,8 @@ impl App {
         job.phase("reclaiming", None);
         let report = self.pool().reclaim(options, &*self.parts.deletion).map_err(|error| match error {
             storage_pool::PoolError::Busy { .. } => {
-                Problem::new(Code::PoolBusy, "Backups or another reclaim are under way; nothing was freed.")
-                    .hint("Run it again when `stillpoint job list` shows none of them running.")
+                Problem::new(Code::PoolBusy, "Another reclaim is under way; nothing was freed.")
+                    .hint("Run it again when `stillpoint job list` shows no reclaim running.")
             }
             error => jobs::problem::pool(error),
         })?;
@@ -478,6 +478,15 @@ impl App {
                 report.held_bytes
             ),
         );
+        if report.waiting_bytes > 0 {
+            job.log(
+                LogLevel::Info,
+                format!(
+                    "Of these, {} bytes wait for jobs that were running before they were quarantined.",
+                    report.waiting_bytes
+                ),
+            );
+        }
         Ok(Done {
             figures: Figures {
                 bytes_freed: Some(report.freed_bytes),
@@ -504,6 +513,8 @@ impl App {
                 format!("{} of {} goes: {}.", marked.point.id, marked.point.machine, marked.why),
             );
         }
+        let freed = self.freed_by(&plan);
+        self.pool().make_room(&*self.parts.deletion).map_err(jobs::problem::pool)?;
         let deleted = keep::prune(self.pool(), &plan)?;
         self.parts.history.sync(self.pool())?;
         let returns = keep::space_returns(self.pool(), Timestamp(self.parts.clock.now_micros()));
@@ -511,11 +522,18 @@ impl App {
             figures: Figures {
                 points_removed: Some(deleted.len() as u64),
                 points_kept: Some(plan.kept.len() as u64),
+                bytes_returning: freed.filter(|_| !deleted.is_empty()),
                 returns_at: (!deleted.is_empty()).then_some(Time(returns)),
                 ..Figures::default()
             },
             warnings: Vec::new(),
         })
+    }
+
+    /// Stored bytes that return when the points of a plan are gone; none where that cannot be counted.
+    fn freed_by(&self, plan: &keep::PrunePlan) -> Option<u64> {
+        let points = plan.removed.iter().map(|marked| marked.point.id).collect();
+        self.pool().freed_bytes(&points).ok()
     }
 
     fn rebuild_catalog(&self, job: &RunningJob) -> Result<Done, Problem> {
@@ -643,6 +661,12 @@ impl App {
                 };
                 plan.steps =
                     vec![format!("Soft-delete {} points, keep {}.", found.removed.len(), found.kept.len())];
+                plan.bytes_freed = self.freed_by(&found);
+                if let Some(bytes) = plan.bytes_freed.filter(|_| !found.removed.is_empty()) {
+                    let now = Timestamp(self.parts.clock.now_micros());
+                    let returns = Time(keep::space_returns(self.pool(), now));
+                    plan.steps.push(format!("{bytes} bytes return by a reclaim after {returns}."));
+                }
                 plan.kept = list(found.kept);
                 plan.removed = list(found.removed);
             }

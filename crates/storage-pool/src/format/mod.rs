@@ -2,6 +2,7 @@
 //!
 //! Every decoder takes untrusted bytes: checked arithmetic, no panic, memory bounded by the length of the file.
 
+pub mod ballast;
 pub mod bundle;
 pub mod node;
 pub mod pack;

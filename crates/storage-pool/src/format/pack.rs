@@ -166,6 +166,11 @@ pub fn encode_table(entries: &[TableEntry]) -> Vec<u8> {
     bytes
 }
 
+/// Bytes that a table of so many chunks takes in the file.
+pub fn table_bytes(chunks: usize) -> u64 {
+    chunks as u64 * 20 + crate::keys::TAG as u64
+}
+
 /// The table in unsealed `bytes`.
 pub fn decode_table(bytes: &[u8]) -> Result<Vec<TableEntry>, FormatError> {
     let (entries, rest) = bytes.as_chunks::<20>();

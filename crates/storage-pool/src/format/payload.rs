@@ -75,6 +75,9 @@ pub struct Settings {
     /// zstd level of what the server encodes itself.
     #[prost(int32, tag = "6")]
     pub zstd_level: i32,
+    /// Bytes that ingests leave free on the volume.
+    #[prost(uint64, tag = "7")]
+    pub reserve: u64,
 }
 
 /// Takeover (2).

@@ -20,7 +20,7 @@ use crate::sequence::{self, Unpublished};
 /// Bytes that are collected before they are written.
 const WRITE_BYTES: usize = 1 << 20;
 /// Position of a pack that the new run does not name.
-const DROPPED: u32 = u32::MAX;
+pub(super) const DROPPED: u32 = u32::MAX;
 
 /// A run to be written, and what of. Needs nothing of the index while it is written.
 pub struct Build {

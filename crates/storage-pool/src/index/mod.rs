@@ -12,6 +12,7 @@ mod run_file;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use model::DomainId;
 
 use crate::chunk::{ChunkId, Location, PackId};
 use crate::error::{Damage, PoolError};
-use crate::format::pack::{self, PackKind};
+use crate::format::pack::{self, PackHeader, PackKind};
 use crate::format::run::{self, RunEntry, RunPack};
 use crate::keys::Keys;
 use crate::packs;
@@ -32,6 +33,7 @@ use build::Naming;
 pub use build::{Build, Built};
 use run_file::{Ends, Run};
 pub use tables::Tables;
+pub(crate) use view::{Bits, View, ViewPlace};
 
 /// So many runs of a tier are merged into one of the next.
 pub const FAN: usize = 4;
@@ -257,6 +259,11 @@ impl Index {
         !self.unlisted.is_empty()
     }
 
+    /// Whether it is not known what this pack holds, though it is there.
+    pub fn is_unlisted(&self, pack: PackId) -> bool {
+        self.unlisted.contains(&pack)
+    }
+
     /// Packs that a permit allows to be missing and that are still there.
     pub fn leftovers(&self) -> &BTreeSet<PackId> {
         &self.leftovers
@@ -408,6 +415,61 @@ impl Index {
         Ok(())
     }
 
+    /// The index as it is now, to be read from end to end beside whoever changes it. `more` are tables of packs that it
+    /// does not name.
+    pub(crate) fn view(&self, more: &[FinishedPack]) -> Result<View, PoolError> {
+        self.is_open()?;
+        let mut view = View::default();
+        let mut naming = Naming::default();
+        for run in &self.runs {
+            view.add(run, naming.add_run(run, |id| self.packs.contains_key(&id)));
+        }
+        let loose = self.loose_packs.iter().filter_map(|id| {
+            let info = self.packs.get(id)?;
+            Some(RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length })
+        });
+        let more_packs = more.iter().map(|table| {
+            let PackHeader { pack, domain, kind, .. } = table.header;
+            RunPack { pack, domain, kind, length: table.length }
+        });
+        for pack in loose.chain(more_packs) {
+            naming.add(pack);
+        }
+        let known: Vec<RunPack> = self
+            .packs
+            .iter()
+            .map(|(id, info)| RunPack {
+                pack: *id,
+                domain: info.domain,
+                kind: info.kind,
+                length: info.length,
+            })
+            .collect();
+        // A pack of which no run and no table says a chunk is a pack all the same.
+        for pack in known {
+            naming.add(pack);
+        }
+        let of_more = more.iter().flat_map(|table| {
+            let pack = table.header.pack;
+            table.table.iter().map(move |entry| (entry.id, Location { pack, at: entry.location }))
+        });
+        let mut extra: Vec<RunEntry> =
+            self.loose_places().chain(of_more).filter_map(|(id, place)| naming.entry(id, place)).collect();
+        extra.sort_unstable();
+        extra.dedup();
+        view.extra = extra;
+        view.packs = naming
+            .packs
+            .iter()
+            .map(|pack| {
+                let info = self.packs.get(&pack.pack).copied();
+                let RunPack { domain, kind, length, .. } = *pack;
+                (pack.pack, info.unwrap_or(PackInfo { domain, kind, length, present: false }))
+            })
+            .collect();
+        Ok(view)
+    }
+
     /// Reads every page and filter of every run; damage as [`Damage::File`].
     pub fn examine(&self) -> Vec<Damage> {
         self.runs.iter().flat_map(|run| run.examine()).collect()
@@ -485,34 +547,40 @@ impl Index {
         Some(Build { superseded, ..self.build(head, &runs, false, &|_| true) })
     }
 
-    /// Forgets every pack that `keep` does not keep, and writes the runs that name them, and what is loose, into one
-    /// without them. A large run stays as it is until an eighth of its packs went: what it says of them is not used.
-    pub fn rewrite(&mut self, head: u64, keep: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
-        let built = loop {
-            let stays = |id: PackId| self.packs.contains_key(&id) && keep(id);
-            let is_touched = |run: &&Arc<Run>| {
-                let packs = run.head.packs.len();
-                let gone = run.head.packs.iter().filter(|pack| !stays(pack.pack)).count();
-                gone > 0 && (run.head.ends.entries < SMALL || gone * 8 >= packs)
-            };
-            let touched: Vec<Arc<Run>> = self.runs.iter().filter(is_touched).cloned().collect();
-            let superseded: Vec<u64> =
-                touched.iter().map(|run| run.number()).chain(self.replaceable()).collect();
-            if superseded.is_empty() && self.loose_packs.is_empty() {
-                break None;
-            }
-            match (Build { superseded, ..self.build(head, &touched, true, keep) }).write() {
-                Ok(built) => break Some(built),
-                // A run that cannot be read is not merged: its packs are read anew.
-                Err(error) => self.heal(error)?,
-            }
+    /// The run without the packs that `keep` does not keep, of those runs that name them; none if there is none. A large
+    /// run stays as it is until an eighth of its packs went: what it says of them is not used. What is loose must have
+    /// been flushed. Written without the index, and then installed.
+    pub fn due_rewrite(&self, head: u64, keep: &dyn Fn(PackId) -> bool) -> Option<Build> {
+        let stays = |id: PackId| self.packs.contains_key(&id) && keep(id);
+        let is_touched = |run: &&Arc<Run>| {
+            let packs = run.head.packs.len();
+            let gone = run.head.packs.iter().filter(|pack| !stays(pack.pack)).count();
+            gone > 0 && (run.head.ends.entries < SMALL || gone * 8 >= packs)
         };
-        if let Some(built) = built {
-            self.install(built);
-            self.clear_loose();
+        let touched: Vec<Arc<Run>> = self.runs.iter().filter(is_touched).cloned().collect();
+        if touched.is_empty() {
+            return None;
         }
-        self.packs.retain(|id, _| keep(*id));
-        Ok(())
+        let superseded = touched.iter().map(|run| run.number()).chain(self.replaceable()).collect();
+        Some(Build { superseded, ..self.build(head, &touched, false, keep) })
+    }
+
+    /// Forgets packs that have a permit.
+    pub fn forget(&mut self, gone: &dyn Fn(PackId) -> bool) {
+        self.packs.retain(|id, _| !gone(*id));
+        self.loose_packs.retain(|id| !gone(*id));
+        self.loose_copies.values_mut().for_each(|places| places.retain(|place| !gone(place.pack)));
+        let copies = &mut self.loose_copies;
+        self.loose.retain(|id, place| {
+            if gone(place.pack) {
+                match copies.get_mut(id).and_then(Vec::pop) {
+                    Some(other) => *place = other,
+                    None => return false,
+                }
+            }
+            true
+        });
+        self.loose_copies.retain(|_, places| !places.is_empty());
     }
 
     /// Bytes that the index keeps in memory now, hash tables by their capacity.

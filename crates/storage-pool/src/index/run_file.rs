@@ -7,7 +7,9 @@ use environment::{Files, ReadFile};
 use crate::chunk::{ChunkId, Location};
 use crate::error::{Damage, PoolError};
 use crate::format::FormatError;
-use crate::format::run::{self, Filter, PAGE, PARTITION_PAGES, RunEnds, RunEntry, RunHead, TRAILER};
+use crate::format::run::{
+    self, Filter, PAGE, PAGE_ENTRIES, PARTITION_PAGES, RunEnds, RunEntry, RunHead, TRAILER,
+};
 use crate::keys::Keys;
 
 /// Pages that a cursor reads at once.
@@ -204,7 +206,7 @@ impl Run {
     }
 }
 
-/// Reads a run from its first entry to its last, a few pages at a time.
+/// Reads a run from its first entry to its last, a few pages at a time, or jumps from one id to a higher one.
 pub(super) struct Cursor {
     run: Arc<Run>,
     next_page: u64,
@@ -213,11 +215,14 @@ pub(super) struct Cursor {
     from: usize,
     entries: Vec<RunEntry>,
     at: usize,
+    /// Pages to be read at once next: few after a jump, more while one follows another.
+    together: u64,
 }
 
 impl Cursor {
     pub fn new(run: Arc<Run>) -> Cursor {
-        Cursor { run, next_page: 0, bytes: Vec::new(), from: 0, entries: Vec::new(), at: 0 }
+        let (bytes, entries) = (Vec::new(), Vec::new());
+        Cursor { run, next_page: 0, bytes, from: 0, entries, at: 0, together: TOGETHER }
     }
 
     pub fn next(&mut self) -> Result<Option<RunEntry>, PoolError> {
@@ -226,20 +231,63 @@ impl Cursor {
                 self.at += 1;
                 return Ok(Some(*entry));
             }
+            if !self.turn()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Where among the entries of the run the one stands that [`Cursor::next`] gave last.
+    pub fn position(&self) -> u64 {
+        self.next_page.saturating_sub(1) * PAGE_ENTRIES as u64 + self.at.saturating_sub(1) as u64
+    }
+
+    /// Goes on to the first entry that is not below `id`, which is not below any id before.
+    pub fn seek(&mut self, id: &ChunkId) -> Result<(), PoolError> {
+        loop {
+            if self.entries.last().is_some_and(|last| last.id >= *id) {
+                let rest = self.entries.get(self.at..).unwrap_or_default();
+                self.at += rest.partition_point(|entry| entry.id < *id);
+                return Ok(());
+            }
+            let prefix = run::prefix(id);
+            let page = self.run.head.fences.partition_point(|&fence| fence < prefix).saturating_sub(1) as u64;
+            if page > self.next_page {
+                let (pages, _) = self.bytes.as_chunks::<PAGE>();
+                let held = pages.len().saturating_sub(self.from) as u64;
+                let skipped = page - self.next_page;
+                if skipped < held {
+                    self.from += skipped as usize;
+                } else {
+                    (self.from, self.together) = (pages.len(), 1);
+                }
+                self.next_page = page;
+            }
+            if !self.turn()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Decodes the next page. False behind the last one.
+    fn turn(&mut self) -> Result<bool, PoolError> {
+        self.entries.clear();
+        self.at = 0;
+        loop {
             let (pages, _) = self.bytes.as_chunks::<PAGE>();
             if let Some(page) = pages.get(self.from) {
                 let decoded = self.run.head.decode_page(&self.run.key, self.next_page, page);
                 let decoded = decoded.map_err(|error| self.run.in_file(error))?;
-                self.entries.clear();
                 self.entries.extend((0..decoded.len()).filter_map(|at| decoded.entry(at)));
-                (self.at, self.from) = (0, self.from + 1);
+                self.from += 1;
                 self.next_page += 1;
-                continue;
+                return Ok(true);
             }
-            let pages = self.run.head.pages_together(self.next_page, TOGETHER);
+            let pages = self.run.head.pages_together(self.next_page, self.together);
             if pages == 0 {
-                return Ok(None);
+                return Ok(false);
             }
+            self.together = (self.together * 2).min(TOGETHER);
             self.bytes.resize(pages as usize * PAGE, 0);
             self.run.read(self.run.head.page_at(self.next_page), &mut self.bytes)?;
             self.from = 0;

@@ -92,7 +92,10 @@ fn a_rewrite_touches_only_runs_that_name_what_goes() {
         index.add_loose(&table(n, u64::from(n) * 10..u64::from(n) * 10 + 10));
         index.flush(1).unwrap();
     }
-    index.rewrite(2, &|pack| pack != pack_id(1)).unwrap();
+    let built = index.due_rewrite(2, &|pack| pack != pack_id(1)).unwrap().write().unwrap();
+    index.install(built);
+    index.forget(&|pack| pack == pack_id(1));
+    assert!(index.due_rewrite(2, &|_| true).is_none());
     assert_eq!(index.superseded(), [2]);
     assert_eq!(index.find(&chunk(11)).unwrap(), []);
     assert_eq!(index.find(&chunk(5)).unwrap().len(), 1);

@@ -29,7 +29,7 @@ pub fn make() -> Golden {
         floor_age: 0,
         ..Settings::default()
     };
-    let settings = Settings { breaker_percent: 100, ..settings };
+    let settings = Settings { breaker_percent: 100, reserve: Some(0), ..settings };
     let rig = Rig::new(SEED, settings);
     let pool = rig.writer(1).unwrap();
     let mut points: BTreeMap<RecoveryPointId, Content> = BTreeMap::new();
@@ -71,7 +71,13 @@ pub fn make() -> Golden {
 
 /// A larger pool that is made of a seed, for campaigns: machines with many points, some deleted, reclaims between.
 pub fn make_large(seed: u64, points: u64) -> Golden {
-    let settings = Settings { floor_points: 0, floor_age: 0, breaker_percent: 100, ..Settings::default() };
+    let settings = Settings {
+        floor_points: 0,
+        floor_age: 0,
+        breaker_percent: 100,
+        reserve: Some(0),
+        ..Settings::default()
+    };
     let rig = Rig::new(seed, settings);
     let random = environment::SeededRandomness::new(seed ^ 0x1A26E);
     let pool = rig.writer(1).unwrap();

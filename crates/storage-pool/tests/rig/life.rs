@@ -16,7 +16,7 @@ use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Access, Damage, Pool, PoolError, Settings};
 
-use super::{CONTENTS, Content, Elsewhere, Known, Order, Rig, is_exact, is_exact_knowing, store};
+use super::{CONTENTS, Content, Elsewhere, Known, Open, Order, Rig, is_exact, is_exact_knowing, store};
 
 const DAY: u64 = 86_400;
 /// States compared after a power cut, if there are so many; one of them is where life goes on.
@@ -136,6 +136,7 @@ pub fn live(seed: u64, rounds: u64) -> Result<Figures, String> {
         floor_age: 0,
         breaker_percent: 100,
         zstd_level: 1,
+        reserve: Some(1 << 14),
     };
     let mut life = Life {
         rig: Rig::new(seed, settings),
@@ -259,8 +260,31 @@ impl Life {
     }
 
     fn work(&mut self, pool: &Arc<Pool>) -> Result<(), String> {
-        for _ in 0..1 + self.below(5) {
-            let result = self.step(pool);
+        // Jobs that stay open while others are begun and ended, points expire, and reclaims come and go.
+        let mut open: Vec<Open> = Vec::new();
+        for _ in 0..1 + self.below(9) {
+            let result = match self.below(4) {
+                0 if open.len() < 3 => self.begin(pool).map(|job| {
+                    let said = format!("began {:?}", job.order);
+                    open.push(job);
+                    said
+                }),
+                1 if !open.is_empty() => {
+                    let at = self.below(open.len() as u64) as usize;
+                    if open[at].is_done() {
+                        let job = open.swap_remove(at);
+                        self.end(job)
+                    } else {
+                        let gone_on = open[at].go_on();
+                        if gone_on.is_err() {
+                            // As in the product: a job that failed to store something ends.
+                            drop(open.swap_remove(at));
+                        }
+                        gone_on.map(|()| "a job goes on".to_owned())
+                    }
+                }
+                _ => self.step(pool),
+            };
             match result {
                 Ok(said) => self.log.push(said),
                 Err(error) => {
@@ -343,6 +367,22 @@ impl Life {
         }
         self.figures.points += 1;
         Ok(format!("stored {order:?}"))
+    }
+
+    fn begin(&mut self, pool: &Arc<Pool>) -> Result<Open, PoolError> {
+        let order = self.order(pool, true);
+        self.enter(&order);
+        Open::begin(pool, order)
+    }
+
+    fn end(&mut self, job: Open) -> Result<String, PoolError> {
+        let order = job.order.clone();
+        job.commit()?;
+        if let Some(line) = self.ledger.get_mut(&order.id) {
+            line.is_acknowledged = true;
+        }
+        self.figures.points += 1;
+        Ok(format!("committed {order:?}"))
     }
 
     fn pick(&self, pool: &Pool, is_deleted: bool) -> Option<RecoveryPointId> {

@@ -19,8 +19,8 @@ use storage_pool::chunk::ChunkId;
 use storage_pool::kit::Recipient;
 use storage_pool::reclaim::InProcessDeletion;
 use storage_pool::{
-    Access, FullCompare, Ingest, MapReader, MapRoot, NewDisk, NewPoint, Pool, PoolError, PoolNodes, Settings,
-    World,
+    Access, FullCompare, Ingest, JobNodes, MapEditor, MapReader, MapRoot, NewDisk, NewPoint, Pool, PoolError,
+    PoolNodes, Settings, World,
 };
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
@@ -81,53 +81,86 @@ pub struct Order {
     pub changes: Content,
 }
 
-pub fn store(pool: &Arc<Pool>, order: &Order) -> Result<(), PoolError> {
-    let ingest = Ingest::begin(pool, pool.default_domain()?)?;
-    let map = match order.base {
-        None => None,
-        Some(base) => {
-            let disk = &pool.point(base)?.disks[0];
-            Some(MapRoot { root: disk.root, levels: disk.levels })
-        }
-    };
-    let size = order.blocks * BLOCK_BYTES;
-    let mut editor = ingest.edit_map(map, size)?;
-    let mut nodes = ingest.nodes();
-    for (&at, &content) in &order.changes {
+/// A job that is under way: one change at a time.
+pub struct Open {
+    pub order: Order,
+    ingest: Ingest,
+    editor: MapEditor<JobNodes>,
+    left: Vec<(u64, u64)>,
+}
+
+impl Open {
+    pub fn begin(pool: &Arc<Pool>, order: Order) -> Result<Open, PoolError> {
+        let ingest = Ingest::begin(pool, pool.default_domain()?)?;
+        let map = match order.base {
+            None => None,
+            Some(base) => {
+                let disk = &pool.point(base)?.disks[0];
+                Some(MapRoot { root: disk.root, levels: disk.levels })
+            }
+        };
+        let editor = ingest.edit_map(map, order.blocks * BLOCK_BYTES)?;
+        let left = order.changes.iter().rev().map(|(at, content)| (*at, *content)).collect();
+        Ok(Open { order, ingest, editor, left })
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// Stores or shares one block.
+    pub fn go_on(&mut self) -> Result<(), PoolError> {
+        let Some((at, content)) = self.left.pop() else { return Ok(()) };
         let chunk = match content {
             0 => None,
             content => {
                 let block = block(content);
-                Some(ingest.put_blocks(true, &block.encoded, &[block.hash])?[0])
+                Some(self.ingest.put_blocks(true, &block.encoded, &[block.hash])?[0])
             }
         };
-        editor.set(at, chunk, &mut nodes)?;
+        self.editor.set(at, chunk, &mut self.ingest.nodes())
     }
-    let map = editor.finish(&mut nodes)?;
-    let new = NewPoint {
-        datasource: DatasourceId([order.datasource; 16]),
-        machine: format!("vm{}", order.datasource),
-        host: "host".to_owned(),
-        base: order.base,
-        captured: Timestamp(NOW),
-        consistency: Consistency::Offline,
-        evidence: String::new(),
-        cause: Cause::new("test", ["a test"]),
-        job: None,
-        figures: BTreeMap::new(),
-        definition: String::new(),
-        incomplete: false,
-    };
-    let disk = NewDisk {
-        index: 0,
-        size,
-        sector: 512,
-        map,
-        description: String::new(),
-        audit_next: 0,
-        full_compare: FullCompare::Now,
-    };
-    ingest.commit(order.id, new, vec![disk]).map(drop)
+
+    /// Makes what was stored so far durable, as a large job does from time to time.
+    pub fn settle(&self) -> Result<(), PoolError> {
+        self.ingest.settle()
+    }
+
+    pub fn commit(mut self) -> Result<(), PoolError> {
+        while !self.is_done() {
+            self.go_on()?;
+        }
+        let Open { order, ingest, editor, .. } = self;
+        let map = editor.finish(&mut ingest.nodes())?;
+        let new = NewPoint {
+            datasource: DatasourceId([order.datasource; 16]),
+            machine: format!("vm{}", order.datasource),
+            host: "host".to_owned(),
+            base: order.base,
+            captured: Timestamp(NOW),
+            consistency: Consistency::Offline,
+            evidence: String::new(),
+            cause: Cause::new("test", ["a test"]),
+            job: None,
+            figures: BTreeMap::new(),
+            definition: String::new(),
+            incomplete: false,
+        };
+        let disk = NewDisk {
+            index: 0,
+            size: order.blocks * BLOCK_BYTES,
+            sector: 512,
+            map,
+            description: String::new(),
+            audit_next: 0,
+            full_compare: FullCompare::Now,
+        };
+        ingest.commit(order.id, new, vec![disk]).map(drop)
+    }
+}
+
+pub fn store(pool: &Arc<Pool>, order: &Order) -> Result<(), PoolError> {
+    Open::begin(pool, order.clone())?.commit()
 }
 
 /// Chunks that were read from an opened pool, with the content that they were found to have.
@@ -253,7 +286,10 @@ impl Rig {
 
     pub fn writer(&self, server: u8) -> Result<Arc<Pool>, PoolError> {
         let access = Access::Write { server: [server; 16], name: format!("server {server}") };
-        Pool::open(self.world(), &self.server, access).map(Arc::new)
+        let mut pool = Pool::open(self.world(), &self.server, access)?;
+        // A reclaim spills what it sorts, as that of a large pool does.
+        pool.limit_sorting(16);
+        Ok(Arc::new(pool))
     }
 
     pub fn reader(&self) -> Result<Arc<Pool>, PoolError> {
