@@ -24,6 +24,8 @@ pub fn pool(error: PoolError) -> Problem {
         PoolError::Stopped { .. } => Code::ReclaimStopped,
         PoolError::Breaker { .. } => Code::ReclaimBreaker,
         PoolError::Kept { .. } => Code::PointLocked,
+        PoolError::NotACopy { .. } => Code::NotACopy,
+        PoolError::CopyDiverged { .. } => Code::CopyDiverged,
     };
     Problem::new(code, message)
 }

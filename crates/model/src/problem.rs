@@ -175,6 +175,12 @@ codes! {
     BelowConsistency 3015 Refused "The recovery point has a lower consistency than asked"
         "--min-consistency refuses points below a level, and the one that was named is below it."
         "Choose another point with `stillpoint recovery-point list`, or ask for less."
+    NotACopy 3016 Refused "The folder is no place for this copy"
+        "It holds other data, lies inside the pool or its data folder, or is the pool itself."
+        "Name an empty folder, or one that holds a copy of this pool, with --to DIR."
+    CopyDiverged 3017 Refused "The copy went its own way"
+        "It holds records that the pool has not: a server took the copy over, or the pool was put back from an older state."
+        "Decide which of the two is the pool. Go on with that one, and copy it to another, empty folder."
 
     // 40xx: server, agents, network
     NoContact 4001 NoContact "No contact with the server"

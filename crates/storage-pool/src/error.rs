@@ -151,6 +151,24 @@ pub enum PoolError {
         /// Why.
         reason: String,
     },
+    /// The folder for a copy holds something else.
+    #[error("{path} holds no copy of this storage pool: {reason}")]
+    NotACopy {
+        /// The folder.
+        path: String,
+        /// What it holds.
+        reason: String,
+    },
+    /// Somebody wrote to a copy, so it is none any more.
+    #[error("{path} is no copy of this storage pool any more: it has record {number}, and {reason}")]
+    CopyDiverged {
+        /// The folder of the copy.
+        path: String,
+        /// The first record that differs, seen from the end.
+        number: u64,
+        /// How it differs.
+        reason: String,
+    },
     /// A caller's mistake, or a contradiction inside this program.
     #[error("{0}")]
     Misuse(String),

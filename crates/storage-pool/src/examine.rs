@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use block_io::Pace;
-use environment::{Files, ReadFile};
+use environment::Files;
 use model::PoolId;
 
 use crate::chunk::PackId;
@@ -52,9 +52,12 @@ pub(crate) struct Reading<'r> {
     pub pace: Option<&'r dyn Pace>,
 }
 
+/// Reads exactly so many bytes at an offset of a pack file, with a name or not yet.
+pub(crate) type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a;
+
 /// A file that is read forwards, in large pieces.
 struct Forward<'f> {
-    file: &'f dyn ReadFile,
+    read: &'f ReadAt<'f>,
     pace: Option<&'f dyn Pace>,
     end: u64,
     start: u64,
@@ -88,13 +91,13 @@ impl Forward<'_> {
         if let Some(pace) = self.pace {
             pace.wait(wanted as u64);
         }
-        let Err(error) = self.file.read_exact_at(at + kept as u64, &mut self.held[kept..]) else {
+        let Err(error) = (self.read)(at + kept as u64, &mut self.held[kept..]) else {
             return Ok(());
         };
         // Something in this piece cannot be read; what is wanted perhaps can.
         let needed = (length - kept).min(wanted);
         self.held.truncate(kept + needed);
-        let again = self.file.read_exact_at(at + kept as u64, &mut self.held[kept..]);
+        let again = (self.read)(at + kept as u64, &mut self.held[kept..]);
         if again.is_err() {
             self.held.clear();
             return Err(error);
@@ -109,21 +112,36 @@ pub(crate) fn examine(
     pool: PoolId,
     id: PackId,
     reading: Reading<'_>,
-    mut prove: Option<&mut Prove<'_>>,
+    prove: Option<&mut Prove<'_>>,
 ) -> Result<PackExamination, PoolError> {
     let name = pack::name(id);
     let path = files.display(&name);
     let io = |source| PoolError::io(path.clone(), "read", source);
     let file = files.open(&name).map_err(io)?;
     let length = file.len().map_err(io)?;
+    let found = examine_bytes(&|at, buf| file.read_exact_at(at, buf), length, (pool, id), reading, prove);
+    if reading.drops_cache {
+        file.drop_cached(0, length);
+    }
+    Ok(found)
+}
+
+/// [`examine`] for the pack of `length` bytes that `read` gives.
+pub(crate) fn examine_bytes(
+    read: &ReadAt<'_>,
+    length: u64,
+    (pool, id): (PoolId, PackId),
+    reading: Reading<'_>,
+    mut prove: Option<&mut Prove<'_>>,
+) -> PackExamination {
     let mut found = PackExamination { length, ..PackExamination::default() };
     let mut raw = [0u8; HEADER];
     let mut end = [0u8; HEADER];
     if length < 2 * HEADER as u64 {
         found.damaged.push((0, "the pack is cut off".to_owned()));
-        return Ok(found);
+        return found;
     }
-    match file.read_exact_at(0, &mut raw) {
+    match read(0, &mut raw) {
         Err(error) => found.damaged.push((0, format!("header: {error}"))),
         Ok(()) => match PackHeader::decode(&raw) {
             Ok(header) if header.pack == id && header.pool == pool => {}
@@ -134,7 +152,7 @@ pub(crate) fn examine(
         },
     }
     let trailer_at = length - HEADER as u64;
-    let trailer = match file.read_exact_at(trailer_at, &mut end) {
+    let trailer = match read(trailer_at, &mut end) {
         Err(error) => Err(error.to_string()),
         Ok(()) => Trailer::decode(&end, length).map_err(|error| format!("{error:?}")),
     };
@@ -147,7 +165,7 @@ pub(crate) fn examine(
     };
     if let Ok(trailer) = &trailer {
         let mut table = vec![0u8; trailer.table_stored as usize];
-        let wrong = match file.read_exact_at(trailer.table_offset, &mut table) {
+        let wrong = match read(trailer.table_offset, &mut table) {
             Err(error) => Some(format!("table: {error}")),
             Ok(()) => (!Trailer::check(&end, &raw, &table))
                 .then(|| "header, table and trailer do not fit their hash".to_owned()),
@@ -155,7 +173,7 @@ pub(crate) fn examine(
         found.damaged.extend(wrong.map(|reason| (trailer.table_offset, reason)));
     }
     let mut forward =
-        Forward { file: file.as_ref(), pace: reading.pace, end: frames_end, start: 0, held: Vec::new() };
+        Forward { read, pace: reading.pace, end: frames_end, start: 0, held: Vec::new() };
     let mut at = HEADER as u64;
     let mut frames = 0u32;
     while at + FRAME_HEADER as u64 <= frames_end {
@@ -235,10 +253,7 @@ pub(crate) fn examine(
     {
         found.damaged.push((at, format!("{frames} frames found, the trailer says {}", trailer.frames)));
     }
-    if reading.drops_cache {
-        file.drop_cached(0, length);
-    }
-    Ok(found)
+    found
 }
 
 fn next_frame(forward: &mut Forward<'_>, from: u64, end: u64) -> Option<u64> {

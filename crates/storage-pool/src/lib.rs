@@ -8,7 +8,9 @@
 //! - [`Pool`] opens, creates and reads a pool; its state is a pure function of the records of one sequence ([`state`]).
 //! - [`Ingest`] is one job's way in: blocks into packs, maps ([`map`]), and one record that makes it all count.
 //! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
-//! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`] frees what no point needs, through a deletion service of its own.
+//! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`]
+//!   frees what no point needs, through a deletion service of its own.
+//! - [`mod@copy`] keeps a second copy of the encrypted files.
 //! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
 //!
 //! Invariants
@@ -30,6 +32,7 @@ mod account;
 mod activity;
 mod bundle;
 pub mod chunk;
+pub mod copy;
 pub mod deletion;
 pub mod error;
 mod examine;

@@ -128,7 +128,7 @@ pub enum Access {
 
 /// Name of the pool's header.
 pub const HEADER_NAME: &str = "pool.stillpoint";
-const LOCK_NAME: &str = "writer.lock";
+pub(crate) const LOCK_NAME: &str = "writer.lock";
 
 /// Name of a recipient's key file.
 pub fn key_name(id: RecipientId) -> String {
