@@ -2,9 +2,9 @@
 
 use model::{Code, ExitStatus, Problem};
 use protocol::api::{
-    AddImage, Alert, ChangedExtents, Datasource, Host, Job, JobLogLine, KitFile, KitReport, MakeToken,
-    PointDiff, PoolStatus, Protect, Prune, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, Status,
-    Synchronize, Time, TokenMade, VerifyPool,
+    AddImage, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KitFile, KitReport,
+    MakeToken, PointDiff, PoolStatus, Protect, Prune, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint,
+    Status, Synchronize, Time, TokenMade, VerifyPool,
 };
 use serde_json::json;
 
@@ -483,6 +483,13 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
             }
             room.job("/pool/reclaim", Some(&Reclaim { hold_seconds: *hold, breaker_percent: *breaker }), *job)
                 .await
+        }
+        PoolCommand::Copy { to, limit, verify, accept_damage, job } => {
+            let limit =
+                limit.as_deref().map(|text| read::rate(text, output.zone(), output.now())).transpose()?;
+            let request =
+                CopyPool { to: room.path_here(to)?, limit, verify: *verify, accept_damage: *accept_damage };
+            room.job("/pool/copy", Some(&request), *job).await
         }
         PoolCommand::ExportKeys(args) => kit_write(room, args).await,
     }

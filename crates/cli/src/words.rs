@@ -439,6 +439,23 @@ pub enum PoolCommand {
         #[command(flatten)]
         job: JobArgs,
     },
+    /// Make or continue a second copy of the pool: encrypted packs and records only
+    Copy {
+        /// The copy's folder on the server's machine; made if missing
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+        /// How fast at most: 50MB/s, 400Mbit/s, 50MB/s@mon-fri/08:00-18:00
+        #[arg(long, value_name = "RATE")]
+        limit: Option<String>,
+        /// Read and hash also what the copy has already
+        #[arg(long)]
+        verify: bool,
+        /// Copy damaged packs as they are, for what can be had of them
+        #[arg(long)]
+        accept_damage: bool,
+        #[command(flatten)]
+        job: JobArgs,
+    },
     /// Write the recovery kit
     #[command(hide = true)]
     ExportKeys(KitWriteArgs),

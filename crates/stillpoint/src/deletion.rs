@@ -4,7 +4,8 @@
 //! remove, waits on its standard input, and ends when that is closed. For each line
 //! `{"permit":N|null,"runs":[..],"ballast":false}` it
 //! reads the permit from the pool by itself, unlinks exactly what that names, and answers with a line: empty for done, or
-//! why not. Told nothing but numbers, it cannot be talked into more.
+//! why not. Told nothing but numbers, it cannot be talked into more. `"copy":"DIR"` names a copy of the pool instead: there
+//! too it is the sealed records, opened with the pool's own key, that say what may go.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use environment::FolderFiles;
 use model::{Code, Problem};
 use serde::{Deserialize, Serialize};
-use server::app::{DataFolder, read_secret};
+use server::app::{CopyDeletion, DataFolder, read_secret};
 use storage_pool::PoolError;
 use storage_pool::deletion::{DeletionService, give_up_ballast, run_deletion_service};
 
@@ -28,6 +29,8 @@ struct Order {
     /// Only the ballast goes.
     #[serde(default)]
     ballast: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    copy: Option<PathBuf>,
 }
 
 /// The process.
@@ -50,7 +53,8 @@ pub fn main() -> ExitCode {
 fn carry_out(root: &Path, line: &str) -> Result<(), String> {
     let order: Order = serde_json::from_str(line).map_err(|error| error.to_string())?;
     let (recipient, _, _) = read_secret(root).map_err(|problem| problem.message)?;
-    let files = Arc::new(FolderFiles::new(DataFolder::new(root).pool()));
+    let folder = order.copy.unwrap_or_else(|| DataFolder::new(root).pool());
+    let files = Arc::new(FolderFiles::new(folder));
     if order.ballast {
         return give_up_ballast(&*files).map_err(|error| error.to_string());
     }
@@ -102,11 +106,18 @@ impl Running {
 
 impl DeletionService for ChildDeletion {
     fn carry_out(&self, permit: Option<u64>, runs: &[u64]) -> Result<(), PoolError> {
-        self.order(&Order { permit, runs: runs.to_vec(), ballast: false })
+        self.order(&Order { permit, runs: runs.to_vec(), ballast: false, copy: None })
     }
 
     fn give_up_ballast(&self) -> Result<(), PoolError> {
-        self.order(&Order { permit: None, runs: Vec::new(), ballast: true })
+        self.order(&Order { permit: None, runs: Vec::new(), ballast: true, copy: None })
+    }
+}
+
+impl CopyDeletion for ChildDeletion {
+    fn carry_out_in(&self, folder: &Path, permit: Option<u64>) -> Result<(), PoolError> {
+        let copy = Some(folder.to_owned());
+        self.order(&Order { permit, runs: Vec::new(), ballast: false, copy })
     }
 }
 

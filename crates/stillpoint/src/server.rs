@@ -7,12 +7,12 @@
 //! ```
 
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ::server::api::Door;
-use ::server::app::{App, AppService, DataFolder, FolderOptions, History, Parts};
+use ::server::app::{App, AppService, Copies, DataFolder, FolderOptions, History, Parts};
 use ::server::remote::{
     ApiTokens, ByAge, Housekeeping, PoolRegister, RemoteHosts, RemoteTimes, server_identity,
 };
@@ -51,6 +51,9 @@ struct Config {
     verify_every_days: Option<u32>,
     /// How fast that reads at most.
     verify_bytes_per_second: Option<u64>,
+    /// Folders below which `pool copy` may make copies for callers over the network.
+    #[serde(default)]
+    copy_folders: Vec<PathBuf>,
 }
 
 impl Config {
@@ -236,7 +239,8 @@ pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
             times,
         }),
         tokens,
-        deletion,
+        deletion: deletion.clone(),
+        copies: Copies { folders: config.copy_folders, deletion },
         history,
         clock: clock.clone(),
         randomness,

@@ -11,7 +11,9 @@ use cli::program::Say;
 use environment::{Clock, FolderFiles, SystemClock, SystemRandomness};
 use model::{Code, PoolId, Problem};
 use protocol::api::{Job, Progress, RateLimit};
-use server::app::{App, AppService, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts};
+use server::app::{
+    App, AppService, Copies, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts,
+};
 use storage_pool::Settings;
 
 use crate::deletion::{ChildDeletion, NoDeletion};
@@ -95,8 +97,9 @@ pub fn open(
 fn start(folder: DataFolder, opened: Opened, writes: bool, restraint: Restraint) -> Result<Running, Problem> {
     let clock = Arc::new(SystemClock);
     let randomness = Arc::new(SystemRandomness);
+    let child = Arc::new(ChildDeletion::when_needed(&folder.root));
     let deletion: Arc<dyn storage_pool::reclaim::DeletionService + Send + Sync> =
-        if writes { Arc::new(ChildDeletion::when_needed(&folder.root)) } else { Arc::new(NoDeletion) };
+        if writes { child.clone() } else { Arc::new(NoDeletion) };
     let (history, said) = History::open(&folder.catalog(), &opened.pool, writes)?;
     let app = App::new(Parts {
         folder,
@@ -106,6 +109,7 @@ fn start(folder: DataFolder, opened: Opened, writes: bool, restraint: Restraint)
         ))),
         tokens: Arc::new(NoTokens),
         deletion,
+        copies: Copies { folders: Vec::new(), deletion: child },
         history: Arc::new(history),
         clock,
         randomness,

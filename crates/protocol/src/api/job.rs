@@ -176,6 +176,24 @@ pub struct Reclaim {
     pub breaker_percent: Option<u8>,
 }
 
+/// Body of `pool copy`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CopyPool {
+    /// Absolute path of the copy's folder on the server's machine: below one of its `copy_folders`; standalone anywhere
+    /// outside the data folder.
+    pub to: String,
+    /// How fast at most.
+    #[serde(default)]
+    pub limit: Option<RateLimit>,
+    /// Read and hash also what the copy has already.
+    #[serde(default)]
+    pub verify: bool,
+    /// Copy damaged packs as they are, for what can be had of them.
+    #[serde(default)]
+    pub accept_damage: bool,
+}
+
 /// Body of `prune`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -231,6 +249,8 @@ pub enum JobRequest {
     Reclaim(Reclaim),
     /// Points are dropped by retention.
     Prune(Prune),
+    /// Encrypted packs and records are moved into a second copy.
+    CopyPool(CopyPool),
     /// The catalog's derived tables are made again from the pool.
     RebuildCatalog,
 }
@@ -247,6 +267,7 @@ impl JobRequest {
             JobRequest::VerifyPool(_) => JobKind::Verify,
             JobRequest::Reclaim(_) => JobKind::Reclaim,
             JobRequest::Prune(_) => JobKind::Prune,
+            JobRequest::CopyPool(_) => JobKind::CopyPool,
             JobRequest::RebuildCatalog => JobKind::RebuildCatalog,
         }
     }
@@ -323,6 +344,8 @@ pub enum JobKind {
     Reclaim,
     /// Points are dropped by retention.
     Prune,
+    /// A second copy of the pool.
+    CopyPool,
     /// The catalog is made again.
     RebuildCatalog,
 }
@@ -339,6 +362,7 @@ impl JobKind {
             JobKind::Verify => "verify",
             JobKind::Reclaim => "reclaim",
             JobKind::Prune => "prune",
+            JobKind::CopyPool => "copy-pool",
             JobKind::RebuildCatalog => "rebuild-catalog",
         }
     }
@@ -462,7 +486,7 @@ pub struct Figures {
     /// Bytes by which the pool grew.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_stored: Option<u64>,
-    /// Bytes written to the target of a recovery.
+    /// Bytes written to the target of a recovery or a copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_written: Option<u64>,
     /// Bytes that could not be had.
@@ -502,7 +526,7 @@ pub struct Figures {
     /// There was nothing to do: it was protected before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub already: Option<bool>,
-    /// The file that was written.
+    /// The file that was written, or the folder of the copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target: Option<String>,
     /// What is damaged, at most [`Figures::DAMAGE_ITEMS`] of it.

@@ -8,10 +8,10 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use model::{Code, Consistency, Problem};
 use protocol::api::{
-    AddImage, Alert, AllocatedPage, BASE, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest, KitFile,
-    KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune, Reclaim,
-    RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData, Started, Status, Synchronize, Time, TokenMade,
-    VerifyPool, Version,
+    AddImage, Alert, AllocatedPage, BASE, CopyPool, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest,
+    KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune,
+    Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData, Started, Status, Synchronize, Time,
+    TokenMade, VerifyPool, Version,
 };
 use serde::Deserialize;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -82,6 +82,7 @@ fn parts() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(pool_status))
         .routes(routes!(verify_pool))
         .routes(routes!(reclaim))
+        .routes(routes!(copy_pool))
         .routes(routes!(prune))
         .routes(routes!(jobs))
         .routes(routes!(job))
@@ -452,6 +453,25 @@ async fn reclaim(
         return Err(Problem::new(Code::Usage, "The breaker is a share of 1 to 100 percent.").into());
     }
     start(allowed, q.dry_run, JobRequest::Reclaim(options)).await
+}
+
+/// Move encrypted packs and records into a second copy.
+#[utoipa::path(post, path = "/pool/copy", tag = "pool", params(DryRun), request_body = CopyPool,
+    responses((status = 202, body = Started), (status = 200, body = Plan), (status = "default", body = ProblemBody)))]
+async fn copy_pool(
+    allowed: Allowed<Operate>,
+    Query(q): Query<DryRun>,
+    Body(options): Body<CopyPool>,
+) -> Result<Response, Failure> {
+    if !std::path::Path::new(&options.to).is_absolute() {
+        return Err(Problem::new(Code::Usage, "The copy's folder is not an absolute path.")
+            .about(options.to)
+            .into());
+    }
+    if options.limit.is_some_and(|limit| limit.bytes_per_second == 0) {
+        return Err(Problem::new(Code::Usage, "A limit of 0 bytes a second would never end.").into());
+    }
+    start(allowed, q.dry_run, JobRequest::CopyPool(options)).await
 }
 
 /// Drop recovery points by retention.

@@ -15,6 +15,7 @@
 //!
 //! Refuses to know: how a host is reached ([`Hosts`]), HTTP, what an image file is.
 
+mod copies;
 mod datasources;
 mod folder;
 mod hashes;
@@ -33,6 +34,7 @@ use model::{Code, HostId, Problem};
 use storage_pool::Pool;
 use storage_pool::reclaim::DeletionService;
 
+pub use copies::{Copies, CopyDeletion};
 pub use datasources::StoredDatasource;
 pub use folder::{DataFolder, FolderOptions, NewPool, Opened, default_kit_path, open_kit, read_secret};
 pub use hashes::verify_folder;
@@ -82,6 +84,8 @@ pub struct Parts {
     pub tokens: Arc<dyn Tokens>,
     /// What unlinks.
     pub deletion: Arc<dyn DeletionService + Send + Sync>,
+    /// Copies of the pool.
+    pub copies: Copies,
     /// Jobs and alerts of before.
     pub history: Arc<History>,
     /// Time.

@@ -128,6 +128,7 @@ impl App {
                     Box::new(move |job| app.prune(id, keep_last, job)),
                 )?
             }
+            JobRequest::CopyPool(options) => self.start_copy(options)?,
             JobRequest::RebuildCatalog => {
                 self.writable()?;
                 self.runner.start(
@@ -670,6 +671,7 @@ impl App {
                 plan.kept = list(found.kept);
                 plan.removed = list(found.removed);
             }
+            JobRequest::CopyPool(options) => self.plan_copy(&mut plan, options)?,
             JobRequest::RebuildCatalog => {
                 plan.steps = vec!["Make the derived tables again from the pool.".to_owned()]
             }

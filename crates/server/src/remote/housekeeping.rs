@@ -225,6 +225,12 @@ mod tests {
         }
     }
 
+    impl crate::app::CopyDeletion for NothingGoes {
+        fn carry_out_in(&self, _: &std::path::Path, _: Option<u64>) -> Result<(), storage_pool::PoolError> {
+            Ok(())
+        }
+    }
+
     fn app(root: &std::path::Path, clock: &Arc<FixedClock>) -> Arc<App> {
         let folder = DataFolder::new(root.join("data"));
         let randomness = Arc::new(SystemRandomness);
@@ -240,6 +246,7 @@ mod tests {
             hosts: Arc::new(NoHosts),
             tokens: Arc::new(NoTokens),
             deletion: Arc::new(NothingGoes),
+            copies: crate::app::Copies { folders: Vec::new(), deletion: Arc::new(NothingGoes) },
             history: Arc::new(history),
             clock: clock.clone(),
             randomness,
