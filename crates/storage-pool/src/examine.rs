@@ -172,8 +172,7 @@ pub(crate) fn examine_bytes(
         };
         found.damaged.extend(wrong.map(|reason| (trailer.table_offset, reason)));
     }
-    let mut forward =
-        Forward { read, pace: reading.pace, end: frames_end, start: 0, held: Vec::new() };
+    let mut forward = Forward { read, pace: reading.pace, end: frames_end, start: 0, held: Vec::new() };
     let mut at = HEADER as u64;
     let mut frames = 0u32;
     while at + FRAME_HEADER as u64 <= frames_end {

@@ -38,6 +38,7 @@ pub mod error;
 mod examine;
 pub mod format;
 mod frame;
+mod in_order;
 pub mod index;
 mod ingest;
 pub mod keyless;
