@@ -481,7 +481,7 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "RATE")]
     pub limit: Option<String>,
     /// Hash the files of this pool's folder: no server, no key, no lock, no write
-    #[arg(long, value_name = "DIR", requires = "hashes")]
+    #[arg(long, value_name = "DIR", requires = "hashes", conflicts_with_all = ["read_data", "due"])]
     pub pool: Option<PathBuf>,
     /// How the job is treated.
     #[command(flatten)]
