@@ -79,7 +79,7 @@ mod tests {
     fn what_shrinks_is_not_called_noise() {
         let seven: Vec<u8> = noise(2, BLOCK).iter().map(|byte| byte & 127).collect();
         let hex: Vec<u8> = noise(3, BLOCK / 2).iter().flat_map(|b| format!("{b:02x}").into_bytes()).collect();
-        let text = "a line of a log, as there are many; ".repeat(BLOCK / 30)[..BLOCK].as_bytes().to_vec();
+        let text = "a line of a log, as there are many; ".repeat(BLOCK / 30).as_bytes()[..BLOCK].to_vec();
         // A page of a database: half of it records.
         let page: Vec<u8> = [noise(4, BLOCK / 2), text[..BLOCK / 2].to_vec()].concat();
         for (name, bytes) in
