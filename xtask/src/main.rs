@@ -13,6 +13,7 @@ mod documents;
 mod install;
 mod layers;
 mod licences;
+mod mutations;
 mod night;
 mod run;
 mod suite;
@@ -33,6 +34,7 @@ Usage: cargo xtask CHORE
                                 (night.md in the build folder)
   layers                        check crate edges, module cycles and the core's way to the outside
   licences                      check licences, banned crates and sources of every dependency (deny.toml)
+  mutations [NN,NN,..]          plant the bugs of other backup programs one by one; a test must notice each
   windows [--install] [--debian-toolchain]
                                 check the agent's rooms for x86_64-pc-windows-gnu
   changelog [--check]           print the changelog from its fragments
@@ -58,6 +60,12 @@ fn main() -> ExitCode {
         ["night", rest @ ..] => night(rest),
         ["layers"] => layers::run(),
         ["licences"] => licences::run(),
+        ["mutations"] => mutations::run(&[]),
+        ["mutations", numbers] => numbers
+            .split(',')
+            .map(|number| number.parse().map_err(|_| format!("`{number}` is no number of a mutation")))
+            .collect::<Result<Vec<u32>, String>>()
+            .and_then(|numbers| mutations::run(&numbers)),
         ["windows", flags @ ..] => flags_among(flags, &["--install", "--debian-toolchain"]).and_then(|()| {
             let toolchain = windows::install(flags.contains(&"--debian-toolchain"))?;
             if flags.contains(&"--install") { Ok(()) } else { windows::check(&toolchain) }
