@@ -59,6 +59,14 @@ pub const CAMPAIGNS: &[Campaign] = &[
         share: 10,
         needs: None,
     },
+    Campaign {
+        name: "ROT: storage pool, golden pools by feature",
+        slice: None,
+        limit: FIVE_MINUTES,
+        night: "ROT_BITS=4000 test -q --locked --workspace --test golden -- flipped_bits --nocapture",
+        share: 0,
+        needs: None,
+    },
     // 500 kills, in two halves that take equally long: standalone, and server and agent apart.
     Campaign {
         name: "KILL: program, kill -9 at random moments",

@@ -14,6 +14,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// A shift that takes this long hangs.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
 /// A shift should not take much longer than this, so that a campaign ends near its time.
 const SHIFT: u64 = 300;
 
@@ -105,7 +107,8 @@ fn work(campaign: &Campaign, seconds: u64, seed: &Mutex<u64>, outcomes: &Mutex<V
         };
         println!("night: {}, seed {seed}, {left} s left", campaign.name);
         let shift = Instant::now();
-        let ran = listen(&mut command(campaign.night, seed, left.clamp(20, SHIFT)));
+        let command = command(campaign.night, seed, left.clamp(20, SHIFT));
+        let ran = listen(&mut run::with_deadline(command, LIMIT));
         let (counts, failed) = match ran {
             Ok((counts, None)) => (counts, None),
             Ok((counts, Some(said))) => (counts, Some(said)),

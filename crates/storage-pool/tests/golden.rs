@@ -177,11 +177,12 @@ fn kept_golden_pools_are_read() {
     }
 }
 
-/// A slice of all bits of each; `examples/rot.rs` flips every one.
+/// Some hundred bits of each; `ROT_BITS=4000` so many.
 #[test]
 fn flipped_bits_of_every_golden_pool_are_named() {
-    const BITS: usize = 400;
-    let begin = Instant::now();
+    let asked = rig::number("ROT_BITS");
+    let bits = asked.unwrap_or(400) as usize;
+    let (begin, mut all) = (Instant::now(), 0);
     for recipe in RECIPES {
         let made = (recipe.make)();
         let golden = &made.golden;
@@ -194,7 +195,7 @@ fn flipped_bits_of_every_golden_pool_are_named() {
             for bit in 0..bytes.len() * 8 {
                 number += 1;
                 // Some bits of every file, and all over each.
-                if number % (total / BITS).max(1) != 0 && bit != bytes.len() * 3 {
+                if number % (total / bits).max(1) != 0 && bit != bytes.len() * 3 {
                     continue;
                 }
                 rig.files.flip_bit(name, bit as u64).unwrap();
@@ -204,7 +205,10 @@ fn flipped_bits_of_every_golden_pool_are_named() {
                 flipped += 1;
             }
         }
-        assert!(flipped >= BITS, "{}: {flipped}", recipe.name);
-        assert!(begin.elapsed() < Duration::from_secs(120), "{} flips take too long", recipe.name);
+        all += flipped;
+        assert!(flipped >= bits.min(total), "{}: {flipped}", recipe.name);
+        let is_slow = asked.is_none() && begin.elapsed() > Duration::from_secs(120);
+        assert!(!is_slow, "{} flips take too long", recipe.name);
     }
+    println!("\nresult: {all} flipped bits of golden pools by feature");
 }

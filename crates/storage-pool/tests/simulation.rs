@@ -1,4 +1,4 @@
-//! Random lives of pools on storage that fails (INV-1..5, 9, 11, 12, 16). The campaign is `examples/simulate.rs`.
+//! Random lives of pools on storage that fails (INV-1..5, 9, 11, 12, 16). One life again: `examples/simulate.rs`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod rig;
