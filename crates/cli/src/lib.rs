@@ -283,12 +283,7 @@ fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
             PointCommand::List { .. } | PointCommand::Show { .. } | PointCommand::Diff { .. },
         )
         | Command::Recover(_)
-        | Command::Pool(
-            PoolCommand::Status
-            | PoolCommand::Verify(_)
-            | PoolCommand::Copy { .. }
-            | PoolCommand::ExportKeys(_),
-        )
+        | Command::Pool(PoolCommand::Status | PoolCommand::Verify(_) | PoolCommand::Copy { .. })
         | Command::Job(JobCommand::List { .. } | JobCommand::Show { .. } | JobCommand::Log { .. })
         | Command::Alert(AlertCommand::List { .. })
         | Command::RecoveryKit(KitCommand::Test { .. }) => (false, None),

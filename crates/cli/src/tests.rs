@@ -342,6 +342,8 @@ fn readers_take_no_lock() {
         ("pool verify --due --every 7d", false),
         ("rp list", false),
         ("pool copy --to c", false),
+        // It makes a recipient, so it writes.
+        ("pool export-keys --to k", true),
         ("recover disk web --point latest --disk 0 --to f", false),
         ("protect web", true),
         ("protect web --dry-run", false),
