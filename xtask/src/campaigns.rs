@@ -45,7 +45,7 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "ENUM: storage pool, every crash state of every operation",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "test -q --locked --workspace --test crash_states -- --nocapture --test-threads=1",
+        night: "test -q --locked --workspace --test crash_states -- --include-ignored --nocapture --test-threads=1",
         share: 0,
         needs: None,
     },
