@@ -450,6 +450,10 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
                     "full in       {}",
                     it.days_until_full.map_or("not foreseeable".into(), |d| format!("{d} d"))
                 ),
+                format!(
+                    "proved since  {}",
+                    it.proved_since.map_or("not all of it yet".into(), |time| output.time(time))
+                ),
                 format!("floor         {} points, {}", it.floor_points, seconds(it.floor_seconds)),
                 format!("soft-delete   {}", seconds(it.soft_delete_seconds)),
                 format!("reclaim hold  {}", seconds(it.reclaim_hold_seconds)),
@@ -458,8 +462,20 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
             }
             Ok(ExitStatus::Done)
         }
-        PoolCommand::Verify { read_data, job } => {
-            room.job("/pool/verify", Some(&VerifyPool { read_data: *read_data }), *job).await
+        PoolCommand::Verify(args) => {
+            let limit = args
+                .limit
+                .as_deref()
+                .map(|text| read::rate(text, output.zone(), output.now()))
+                .transpose()?;
+            let body = VerifyPool {
+                hashes: args.hashes,
+                read_data: args.read_data,
+                due: args.due,
+                every_seconds: args.every,
+                limit,
+            };
+            room.job("/pool/verify", Some(&body), args.job).await
         }
         PoolCommand::Reclaim { hold, breaker, yes, job } => {
             if breaker.is_some() && !job.dry_run {

@@ -38,6 +38,7 @@ use client::Client;
 use output::Output;
 use program::{
     AgentOptions, BreakGlass, DemoOptions, EnrollOptions, PoolCreation, ServerOptions, StandaloneOptions,
+    VerifyFolder,
 };
 use room::Room;
 use words::*;
@@ -143,6 +144,7 @@ fn dispatch(words: &Words, program: &dyn Program, output: &Output) -> Result<u8,
             | Command::Server(_)
             | Command::Agent(_)
             | Command::Recover(RecoverCommand::Disk(RecoverDiskArgs { pool: Some(_), .. }))
+            | Command::Pool(PoolCommand::Verify(VerifyArgs { pool: Some(_), .. }))
     ) {
         hear_ctrl_c(output);
     }
@@ -178,6 +180,9 @@ fn dispatch(words: &Words, program: &dyn Program, output: &Output) -> Result<u8,
         Command::Recover(RecoverCommand::Disk(args)) if args.pool.is_some() => {
             break_glass(args, program, output)
         }
+        Command::Pool(PoolCommand::Verify(args)) if args.pool.is_some() => {
+            verify_folder(args, program, output)
+        }
         Command::Completion { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut Words::command(), "stillpoint", &mut text);
@@ -205,6 +210,25 @@ fn dispatch(words: &Words, program: &dyn Program, output: &Output) -> Result<u8,
         }
         command => over_api(globals, command, program, output),
     }
+}
+
+fn verify_folder(args: &VerifyArgs, program: &dyn Program, output: &Output) -> Result<u8, Problem> {
+    // The parser waives what `--pool` requires where `--hashes` would contradict another depth.
+    if !args.hashes {
+        return Err(Problem::new(
+            Code::Usage,
+            "Without the keys a pool can only be hashed: --pool needs --hashes.",
+        ));
+    }
+    if args.job.detach || args.job.dry_run {
+        return Err(Problem::new(Code::Usage, "With --pool there is no --detach and no --dry-run."));
+    }
+    let limit =
+        args.limit.as_deref().map(|text| read::rate(text, output.zone(), output.now())).transpose()?;
+    let pool = args.pool.clone().unwrap_or_default();
+    let job = program.verify_folder(&VerifyFolder { pool, limit }, output)?;
+    output.end_progress();
+    Ok(jobs::show_end(output, &job) as u8)
 }
 
 fn break_glass(args: &RecoverDiskArgs, program: &dyn Program, output: &Output) -> Result<u8, Problem> {
@@ -260,7 +284,7 @@ fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
             PointCommand::List { .. } | PointCommand::Show { .. } | PointCommand::Diff { .. },
         )
         | Command::Recover(_)
-        | Command::Pool(PoolCommand::Status | PoolCommand::Verify { .. } | PoolCommand::ExportKeys(_))
+        | Command::Pool(PoolCommand::Status | PoolCommand::Verify(_) | PoolCommand::ExportKeys(_))
         | Command::Job(JobCommand::List { .. } | JobCommand::Show { .. } | JobCommand::Log { .. })
         | Command::Alert(AlertCommand::List { .. })
         | Command::RecoveryKit(KitCommand::Test { .. }) => (false, None),

@@ -134,6 +134,15 @@ pub struct BreakGlass {
     pub min_consistency: Option<model::Consistency>,
 }
 
+/// `stillpoint pool verify --hashes --pool DIR`: a folder, and no key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerifyFolder {
+    /// The pool's folder, possibly mounted read-only.
+    pub pool: PathBuf,
+    /// How fast at most.
+    pub limit: Option<RateLimit>,
+}
+
 /// What the methods of [`Program`] say while they work.
 pub trait Say: Send + Sync {
     /// A line for a person: on stderr, or as a `{"type":"message"}` line on stdout with `--json`.
@@ -189,6 +198,8 @@ pub trait Program: Send + Sync {
     fn agent_run(&self, options: &AgentOptions, say: &dyn Say) -> Result<(), Problem>;
     /// Recovers a disk with pool and kit alone. The answer is the job it would have been: state, figures, warnings.
     fn break_glass(&self, options: &BreakGlass, say: &dyn Say) -> Result<protocol::api::Job, Problem>;
+    /// Hashes the files of a pool without any key. The answer is the job it would have been.
+    fn verify_folder(&self, options: &VerifyFolder, say: &dyn Say) -> Result<protocol::api::Job, Problem>;
     /// Opens a file on this machine for a disk of a remote server. `TargetExists` unless `overwrite`.
     fn local_target(&self, options: &LocalTargetOptions) -> Result<Box<dyn LocalTarget>, Problem>;
     /// The name under which this machine is enrolled, if it is. A path without HOST: is then this host's.

@@ -42,6 +42,7 @@ struct FakeProgram {
     api: FakeApi,
     opened: Mutex<Vec<StandaloneOptions>>,
     glass: Mutex<Vec<BreakGlass>>,
+    folders: Mutex<Vec<VerifyFolder>>,
 }
 
 impl Program for FakeProgram {
@@ -82,6 +83,10 @@ impl Program for FakeProgram {
         job["warnings"] = json!([{"code": "SP-3001", "message": "Lost."}]);
         Ok(serde_json::from_value(job).unwrap())
     }
+    fn verify_folder(&self, options: &VerifyFolder, _: &dyn Say) -> Result<Job, Problem> {
+        self.folders.lock().unwrap().push(options.clone());
+        Ok(serde_json::from_value(job("verify", "succeeded")).unwrap())
+    }
     fn local_target(&self, _: &LocalTargetOptions) -> Result<Box<dyn LocalTarget>, Problem> {
         Err(Problem::new(Code::TargetExists, "It exists."))
     }
@@ -115,6 +120,7 @@ struct Ran {
     asked: Vec<String>,
     opened: Vec<StandaloneOptions>,
     glass: Vec<BreakGlass>,
+    folders: Vec<VerifyFolder>,
 }
 
 #[derive(Clone, Default)]
@@ -148,7 +154,8 @@ fn ran(line: &str, answers: &[(&str, u16, Value)]) -> Ran {
         })
         .collect();
     let api = FakeApi { answers: Arc::new(answers), asked: Arc::default() };
-    let program = FakeProgram { api, opened: Mutex::default(), glass: Mutex::default() };
+    let program =
+        FakeProgram { api, opened: Mutex::default(), glass: Mutex::default(), folders: Mutex::default() };
     let (out, err) = (Sink::default(), Sink::default());
     let streams = Streams {
         stdout: Box::new(out.clone()),
@@ -162,7 +169,8 @@ fn ran(line: &str, answers: &[(&str, u16, Value)]) -> Ran {
     let status = run(arguments, &program, streams);
     let (opened, glass) = (program.opened.into_inner().unwrap(), program.glass.into_inner().unwrap());
     let asked = program.api.asked.lock().unwrap().clone();
-    Ran { status, out: out.text(), err: err.text(), asked, opened, glass }
+    let folders = program.folders.into_inner().unwrap();
+    Ran { status, out: out.text(), err: err.text(), asked, opened, glass, folders }
 }
 
 fn expect(name: &str, found: &str) {
@@ -332,6 +340,7 @@ fn readers_take_no_lock() {
     for (line, writes) in [
         ("status", false),
         ("pool verify --read-data", false),
+        ("pool verify --due --every 7d", false),
         ("rp list", false),
         ("recover disk web --point latest --disk 0 --to f", false),
         ("protect web", true),
@@ -380,6 +389,18 @@ fn break_glass_needs_no_server_and_ends_with_6_when_bytes_are_lost() {
     let ran = ran("--json recover disk --pool p --kit k --point latest --disk 0 --to f --accept-damage", &[]);
     assert_eq!(ran.status, 6, "{}{}", ran.out, ran.err);
     assert_eq!((ran.glass.len(), ran.opened.len()), (1, 0));
+}
+
+#[test]
+fn a_folder_is_hashed_without_a_server_and_depths_exclude_each_other() {
+    let hashed = ran("--json pool verify --hashes --pool p --limit 5MB/s", &[]);
+    assert_eq!((hashed.status, hashed.folders.len(), hashed.opened.len()), (0, 1, 0), "{}", hashed.err);
+    assert_eq!(hashed.folders[0].limit.unwrap().bytes_per_second, 5_000_000);
+    for line in
+        ["--hashes --read-data", "--due --read-data", "--pool p", "--read-data --pool p", "--every 7d"]
+    {
+        assert_eq!(ran(&format!("pool verify {line}"), &[]).status, 2, "{line}");
+    }
 }
 
 #[test]

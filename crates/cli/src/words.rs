@@ -414,13 +414,7 @@ pub enum PoolCommand {
     /// Show how the pool is
     Status,
     /// Check stored bytes against their hashes
-    Verify {
-        /// Read all data, not structure alone
-        #[arg(long)]
-        read_data: bool,
-        #[command(flatten)]
-        job: JobArgs,
-    },
+    Verify(VerifyArgs),
     /// Free chunks that nothing needs
     Reclaim {
         /// How long chunks wait in quarantine
@@ -438,6 +432,33 @@ pub enum PoolCommand {
     /// Write the recovery kit
     #[command(hide = true)]
     ExportKeys(KitWriteArgs),
+}
+
+/// `pool verify ..`
+#[derive(Debug, Clone, Args)]
+#[command(group(clap::ArgGroup::new("depth").args(["hashes", "read_data", "due"])))]
+pub struct VerifyArgs {
+    /// Hash all data, not structure alone
+    #[arg(long)]
+    pub hashes: bool,
+    /// Read all data: hash, decrypt, decode and compare
+    #[arg(long)]
+    pub read_data: bool,
+    /// As --read-data, but only what is due now, so that everything is read once in --every
+    #[arg(long)]
+    pub due: bool,
+    /// The period of --due; 30 days otherwise
+    #[arg(long, value_name = "DURATION", value_parser = read::duration, requires = "due")]
+    pub every: Option<u64>,
+    /// How fast stored bytes are read at most: 50MB/s, 400Mbit/s, 50MB/s@mon-fri/08:00-18:00
+    #[arg(long, value_name = "RATE")]
+    pub limit: Option<String>,
+    /// Hash the files of this pool's folder: no server, no key, no lock, no write
+    #[arg(long, value_name = "DIR", requires = "hashes")]
+    pub pool: Option<PathBuf>,
+    /// How the job is treated.
+    #[command(flatten)]
+    pub job: JobArgs,
 }
 
 /// `job ..`

@@ -30,6 +30,9 @@ pub trait ReadFile: Send + Sync {
     }
     /// Fills all of `buf` or fails; past the end is `UnexpectedEof`.
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+    /// These bytes are not wanted again soon: whoever reads everything once must not push out of memory what others read
+    /// often. A hint, which may do nothing.
+    fn drop_cached(&self, _offset: u64, _length: u64) {}
 }
 
 /// A file being written that has no name yet. Dropping it leaves nothing behind.
@@ -130,6 +133,15 @@ impl ReadFile for File {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         positioned::read_exact_at(self, offset, buf)
+    }
+
+    fn drop_cached(&self, offset: u64, length: u64) {
+        #[cfg(target_os = "linux")]
+        if let Some(length) = std::num::NonZeroU64::new(length) {
+            let _ = rustix::fs::fadvise(self, offset, Some(length), rustix::fs::Advice::DontNeed);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, length);
     }
 }
 

@@ -415,6 +415,10 @@ pub struct PoolStatus {
     pub reclaim_hold_seconds: u64,
     /// Whether a known damage waits to be healed.
     pub damaged: bool,
+    /// Every stored byte was read and proved since then; absent if some never was since it was stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub proved_since: Option<Time>,
 }
 
 /// Whether a host is heard of.

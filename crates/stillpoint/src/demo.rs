@@ -342,7 +342,7 @@ pub fn run(options: &DemoOptions, say: &dyn Say) -> Result<(), Problem> {
     );
     let latest = figures.recovery_point;
 
-    let job = run(JobRequest::VerifyPool(VerifyPool { read_data: true }))?;
+    let job = run(JobRequest::VerifyPool(VerifyPool { read_data: true, ..VerifyPool::default() }))?;
     say.step(
         &format!(
             "Verified: {} read and hashed, nothing damaged ({:.1} s).",

@@ -6,7 +6,7 @@ use block_io::WritableDevice;
 use cli::Transport;
 use cli::program::{
     AgentOptions, BreakGlass, DemoOptions, EnrollOptions, LocalTarget, LocalTargetOptions, Program, Say,
-    ServerOptions, Standalone, StandaloneOptions,
+    ServerOptions, Standalone, StandaloneOptions, VerifyFolder,
 };
 use cli::transport::InProcess;
 use datasource::{Images, Provider, RecoveryTarget, TargetRequest};
@@ -102,6 +102,10 @@ impl Program for Stillpoint {
         };
         let started = service.start(&by, &request)?;
         follow(&*service, started.job, say)
+    }
+
+    fn verify_folder(&self, options: &VerifyFolder, say: &dyn Say) -> Result<Job, Problem> {
+        standalone::verify_folder(&options.pool, options.limit, say)
     }
 
     fn local_target(&self, options: &LocalTargetOptions) -> Result<Box<dyn LocalTarget>, Problem> {

@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use ::server::api::Door;
 use ::server::app::{App, AppService, DataFolder, FolderOptions, History, Parts};
-use ::server::remote::{ApiTokens, Housekeeping, PoolRegister, RemoteHosts, RemoteTimes, server_identity};
+use ::server::remote::{
+    ApiTokens, ByAge, Housekeeping, PoolRegister, RemoteHosts, RemoteTimes, server_identity,
+};
 use ::server::session::{SessionEvent, SessionRegistry, SessionSettings, serve};
 use cli::program::{Say, ServerOptions};
 use environment::{Clock, FolderFiles, Randomness, SystemClock, SystemRandomness};
@@ -45,9 +47,23 @@ struct Config {
     name: Option<String>,
     /// How long a job waits for a host that is away.
     contact_grace_seconds: Option<u64>,
+    /// Everything that is stored is read and proved once in so many days; 0: never by itself.
+    verify_every_days: Option<u32>,
+    /// How fast that reads at most.
+    verify_bytes_per_second: Option<u64>,
 }
 
 impl Config {
+    fn by_age(&self) -> ByAge {
+        let default = ByAge::default();
+        ByAge {
+            every_seconds: self
+                .verify_every_days
+                .map_or(default.every_seconds, |days| u64::from(days) * 86_400),
+            bytes_per_second: self.verify_bytes_per_second.unwrap_or(default.bytes_per_second),
+        }
+    }
+
     fn read(path: &Path) -> Result<Config, Problem> {
         let shown = path.display().to_string();
         let wrong = |why: String| Problem::new(Code::Usage, format!("{shown}: {why}.")).about(shown.clone());
@@ -57,6 +73,12 @@ impl Config {
             toml::from_str(&text).map_err(|error| wrong(error.to_string().trim_end().replace('\n', " ")))?;
         if config.contact_grace_seconds.is_some_and(|grace| !(60..=86_400).contains(&grace)) {
             return Err(wrong("contact_grace_seconds is not between 60 and 86400".to_owned()));
+        }
+        if config.verify_every_days.is_some_and(|days| days > 3650) {
+            return Err(wrong("verify_every_days is more than 3650".to_owned()));
+        }
+        if config.verify_bytes_per_second.is_some_and(|rate| rate < 1_000_000) {
+            return Err(wrong("verify_bytes_per_second is less than 1000000".to_owned()));
         }
         Ok(config)
     }
@@ -123,6 +145,7 @@ pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
         .and_then(|local| listener.set_nonblocking(true).map(|()| local))
         .map_err(|error| Problem::new(Code::Internal, format!("The socket cannot be used: {error}.")))?;
     let machine = machine_name();
+    let by_age = config.by_age();
     let name = config.name.unwrap_or_else(|| machine.clone());
     let addresses = addresses(config.addresses, local, &machine);
 
@@ -226,7 +249,7 @@ pub fn run(options: &ServerOptions, say: &dyn Say) -> Result<(), Problem> {
         let listener = tokio::net::TcpListener::from_std(listener)
             .map_err(|error| Problem::new(Code::Internal, format!("The socket cannot be used: {error}.")))?;
         let mut serving = tokio::spawn(serve(listener, settings, registry, router, stopping));
-        let housekeeping = Housekeeping::start(app.clone(), clock)?;
+        let housekeeping = Housekeeping::start(app.clone(), clock, by_age)?;
         greet(
             say,
             &name,
@@ -358,7 +381,16 @@ mod tests {
         let good =
             read("listen = \"0.0.0.0:1\"\naddresses = [\"a:1\"]\nname = \"b\"\ncontact_grace_seconds = 90\n");
         assert_eq!(good.unwrap().contact_grace_seconds, Some(90));
-        for wrong in ["lisen = \"x\"", "listen = 5", "contact_grace_seconds = 5", "name ="] {
+        let by_age = read("verify_every_days = 7\nverify_bytes_per_second = 2000000\n").unwrap().by_age();
+        assert_eq!((by_age.every_seconds, by_age.bytes_per_second), (7 * 86_400, 2_000_000));
+        for wrong in [
+            "lisen = \"x\"",
+            "listen = 5",
+            "contact_grace_seconds = 5",
+            "name =",
+            "verify_every_days = 9999",
+            "verify_bytes_per_second = 5",
+        ] {
             assert_eq!(read(wrong).unwrap_err().code, Code::Usage, "{wrong}");
         }
     }

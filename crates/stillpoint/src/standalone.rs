@@ -2,11 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use agent::Host;
+use cli::program::Say;
 use environment::{Clock, FolderFiles, SystemClock, SystemRandomness};
 use model::{Code, PoolId, Problem};
+use protocol::api::{Job, Progress, RateLimit};
 use server::app::{App, AppService, DataFolder, FolderOptions, History, NewPool, NoTokens, Opened, Parts};
 use storage_pool::Settings;
 
@@ -16,6 +19,8 @@ use crate::world::{machine_name, world_of};
 
 /// How long `--wait` waits between two tries.
 const RETRY: Duration = Duration::from_millis(200);
+/// After so many bytes a look at a folder tells how far it is.
+const SHOWN_BYTES: u64 = 64 << 20;
 
 /// Settings of a new pool: the safe defaults, changed only where somebody said so.
 pub fn settings(create: &cli::program::PoolCreation) -> NewPool {
@@ -106,16 +111,39 @@ fn start(folder: DataFolder, opened: Opened, writes: bool) -> Result<Running, Pr
     Ok(Running { app, created_kit: opened.created_kit })
 }
 
-/// A pool alone, for recovery with a kit: nothing is written anywhere.
-pub fn break_glass(pool: &Path, kit_path: &Path) -> Result<Running, Problem> {
-    let kit = server::app::open_kit(kit_path)?;
-    // Both the pool's own folder and a data folder around it are understood: this is no time for fine points.
+/// The folder with the pool's files. Both it and a data folder around it are understood: this is no time for fine points.
+fn pool_folder(pool: &Path) -> std::path::PathBuf {
     let inside = pool.join("pool");
-    let root = if !pool.join("pool.stillpoint").exists() && inside.join("pool.stillpoint").exists() {
+    if !pool.join("pool.stillpoint").exists() && inside.join("pool.stillpoint").exists() {
         inside
     } else {
         pool.to_owned()
+    }
+}
+
+/// Hashes the files of a pool without any key; Ctrl-C ends it.
+pub fn verify_folder(pool: &Path, limit: Option<RateLimit>, say: &dyn Say) -> Result<Job, Problem> {
+    let files: Arc<dyn environment::Files> = Arc::new(FolderFiles::new(pool_folder(pool)));
+    let mut last = 0;
+    let mut progress = |done: u64, total: u64| {
+        if done - last >= SHOWN_BYTES {
+            last = done;
+            say.progress(&Progress {
+                phase: "verifying".to_owned(),
+                bytes_done: done,
+                bytes_total: Some(total),
+                ..Progress::default()
+            });
+        }
+        !say.cancelled().load(Ordering::SeqCst)
     };
+    server::app::verify_folder(&files, limit, Arc::new(SystemClock), &SystemRandomness, &mut progress)
+}
+
+/// A pool alone, for recovery with a kit: nothing is written anywhere.
+pub fn break_glass(pool: &Path, kit_path: &Path) -> Result<Running, Problem> {
+    let kit = server::app::open_kit(kit_path)?;
+    let root = pool_folder(pool);
     let world = world_of(Arc::new(FolderFiles::new(&root)));
     let opened =
         storage_pool::Pool::open(world, &kit.recipient, storage_pool::Access::Read).map_err(|error| {

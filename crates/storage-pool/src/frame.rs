@@ -49,6 +49,40 @@ fn decompress(bytes: &[u8], capacity: usize) -> std::io::Result<Vec<u8>> {
     })
 }
 
+/// Decodes one frame after another with the same memory, for whoever reads packs as a whole.
+pub struct Decoder {
+    zstd: Decompressor<'static>,
+    content: Vec<u8>,
+}
+
+impl Decoder {
+    /// A decoder, with memory for the largest frame.
+    pub fn new() -> Result<Decoder, String> {
+        let zstd = Decompressor::new().map_err(|error| format!("zstd: {error}"))?;
+        Ok(Decoder { zstd, content: Vec::with_capacity(crate::format::pack::MAX_DECODED as usize) })
+    }
+
+    /// As [`decode`]; plain content is given as it lies.
+    pub fn decode<'a>(&'a mut self, codec: u8, bytes: &'a [u8], decoded: usize) -> Result<&'a [u8], String> {
+        let content = match codec {
+            PLAIN => bytes,
+            ZSTD => {
+                self.content.clear();
+                self.content.reserve(decoded);
+                self.zstd
+                    .decompress_to_buffer(bytes, &mut self.content)
+                    .map_err(|error| format!("zstd: {error}"))?;
+                &self.content
+            }
+            other => return Err(format!("codec {other} is unknown")),
+        };
+        if content.len() != decoded {
+            return Err(format!("decodes to {} bytes, expected {decoded}", content.len()));
+        }
+        Ok(content)
+    }
+}
+
 /// Content of a frame of nodes: their lengths, then they.
 pub fn join_nodes(nodes: &[Vec<u8>]) -> Vec<u8> {
     let mut content = Vec::with_capacity(nodes.iter().map(|node| node.len() + 4).sum());

@@ -7,6 +7,7 @@ use model::{BLOCK_BYTES, Cause, Consistency, DatasourceId, DomainId, JobId, Reco
 
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::PoolError;
+use crate::examine::{self, Reading};
 use crate::format::node::levels;
 use crate::format::pack::{self, PackKind};
 use crate::format::payload::Kind;
@@ -442,7 +443,8 @@ impl Ingest {
     pub fn prove_packs(&self) -> Result<(), PoolError> {
         let packs: Vec<PackId> = self.shared.inner().finished.iter().copied().collect();
         for id in packs {
-            let found = crate::packs::examine(&*self.shared.pool.world.files, self.shared.pool.id(), id)?;
+            let files = &*self.shared.pool.world.files;
+            let found = examine::examine(files, self.shared.pool.id(), id, Reading::default(), None)?;
             if let Some((offset, reason)) = found.damaged.into_iter().next() {
                 return Err(PoolError::Damaged {
                     path: self.shared.pool.world.files.display(&pack::name(id)),

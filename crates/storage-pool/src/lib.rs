@@ -8,7 +8,7 @@
 //! - [`Pool`] opens, creates and reads a pool; its state is a pure function of the records of one sequence ([`state`]).
 //! - [`Ingest`] is one job's way in: blocks into packs, maps ([`map`]), and one record that makes it all count.
 //! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
-//! - [`verify`] proves stored bytes; [`reclaim`] frees what no point needs, through a deletion service of its own.
+//! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`] frees what no point needs, through a deletion service of its own.
 //! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
 //!
 //! Invariants
@@ -26,10 +26,12 @@
 mod bundle;
 pub mod chunk;
 pub mod error;
+mod examine;
 pub mod format;
 mod frame;
 pub mod index;
 mod ingest;
+pub mod keyless;
 pub mod keys;
 pub mod kit;
 pub mod layout;
@@ -37,6 +39,7 @@ pub mod map;
 mod packs;
 mod point_device;
 mod pool;
+pub mod proofs;
 pub mod reclaim;
 mod sequence;
 pub mod state;

@@ -7,6 +7,7 @@ use prost::Message;
 
 use crate::chunk::{ChunkId, PackId};
 use crate::format::payload::{self, Kind};
+use crate::proofs::{Part, Proof, Proofs};
 
 /// Longest time between two records that counts as pool time (section 9.3).
 pub const MAX_STEP: u64 = 3 * Timestamp::DAY;
@@ -128,6 +129,8 @@ pub struct State {
     pub permitted: BTreeMap<PackId, u64>,
     /// Damaged frames by pack; an empty set means the whole pack.
     pub damaged: HashMap<PackId, BTreeSet<u32>>,
+    /// Which packs were proved when.
+    pub proofs: Proofs,
     /// Records that cannot be read.
     pub unreadable: Vec<Unreadable>,
 }
@@ -236,6 +239,12 @@ impl State {
                         point.changed = number;
                     }
                 }
+            }
+            Kind::Proved => {
+                let record: payload::Proved = decode(bytes)?;
+                let part = Part::new(record.from, record.length)
+                    .ok_or_else(|| format!("a part of {} pack ids from {}", record.length, record.from))?;
+                self.proofs.add(part, Proof { pool_time: self.pool_time, time });
             }
             // Its content was applied in the place of the record that it restores.
             Kind::Restored => {

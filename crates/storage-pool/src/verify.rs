@@ -1,19 +1,30 @@
 //! Verify: stored bytes against their hashes, and what damage means for whom.
+//!
+//! Three tiers, each with all of the one before: structure; hashes, which need no key; every byte opened, decoded and
+//! compared with the id of its chunk. [`crate::keyless`] is the second for a folder of which nobody has the keys.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use model::{BLOCK_BYTES, ByteRange, RecoveryPointId};
+use block_io::Pace;
+use model::{BLOCK_BYTES, ByteRange, RecoveryPointId, Timestamp};
 
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
-use crate::format::pack::{self, PackKind};
+use crate::examine::{self, PackExamination, Reading, in_order};
+use crate::format::pack::{self, FrameHeader, PackKind};
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
+use crate::frame::{self, Decoder};
+use crate::index::PackInfo;
+use crate::keys::frame_nonce;
 use crate::kit::RecipientId;
 use crate::map::{MapReader, MapRoot, NodeSource};
 use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
+use crate::proofs::{self, Part, Proof, place};
+use crate::state::{self, State};
 use prost::Message;
 
 /// How much is read.
@@ -21,8 +32,34 @@ use prost::Message;
 pub enum Depth {
     /// Headers, tables, records, maps, and that every chunk that a point names is in a pack that is there.
     Structure,
+    /// Every stored byte of the packs is hashed. A frame that does not fit its hash is opened to tell whom that costs.
+    Hashes,
     /// Every stored byte: hashed, unsealed, decoded, and each chunk compared with its id.
     ReadData,
+}
+
+/// How a pool is verified.
+#[derive(Clone)]
+pub struct VerifyOptions {
+    /// How much is read.
+    pub depth: Depth,
+    /// Packs that are read at the same time. What is found is in order all the same.
+    pub threads: usize,
+    /// How fast packs are read; as fast as it goes if absent.
+    pub pace: Option<Arc<dyn Pace>>,
+    /// Only what is due so that everything is read every so many seconds (section 9.5); all of it if absent.
+    pub every: Option<u64>,
+}
+
+impl VerifyOptions {
+    /// One pack at a time, as fast as it goes.
+    pub fn new(depth: Depth) -> VerifyOptions {
+        VerifyOptions { depth, threads: 1, pace: None, every: None }
+    }
+
+    fn reading(&self) -> Reading<'_> {
+        Reading { proves_all: self.depth == Depth::ReadData, drops_cache: true, pace: self.pace.as_deref() }
+    }
 }
 
 /// What verify found.
@@ -46,9 +83,41 @@ pub struct VerifyReport {
     pub new_damage: Vec<(PackId, Vec<u32>)>,
     /// Points that were proved whole by reading every byte.
     pub proved_points: Vec<RecoveryPointId>,
+    /// What was read to the last byte, and is not recorded yet.
+    pub proved: Vec<ProvedPart>,
+}
+
+/// A part of the pool that was read to the last byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProvedPart {
+    /// Which.
+    pub part: Part,
+    /// Packs in it.
+    pub packs: u64,
+    /// Bytes of their files.
+    pub bytes: u64,
 }
 
 impl VerifyReport {
+    /// Takes in what was found in a pack.
+    fn note(&mut self, id: PackId, found: Examined, state: &State, bad: &mut HashMap<PackId, BTreeSet<u32>>) {
+        self.packs += 1;
+        self.bytes_read += found.read;
+        // A pack whose table is damaged still serves its frames.
+        if !found.frames.is_empty() {
+            if found.frames.iter().any(|frame| state.is_healthy(id, *frame)) {
+                self.new_damage.push((id, found.frames.iter().copied().collect()));
+            }
+            let entry = bad.entry(id);
+            match entry {
+                // All of it is bad already.
+                Entry::Occupied(whole) if whole.get().is_empty() => {}
+                entry => entry.or_default().extend(&found.frames),
+            }
+        }
+        self.damage.extend(found.damage);
+    }
+
     /// Whether anything is wrong.
     pub fn is_clean(&self) -> bool {
         self.damage.is_empty()
@@ -68,15 +137,27 @@ impl<F: FnMut(u64, u64) -> bool> VerifyProgress for F {
 }
 
 impl Pool {
-    /// Verifies the pool. Where this process may write, newly found damage is recorded, so that no new point uses it,
-    /// and points that were proved whole are recorded as verified.
-    ///
-    /// Cancelling by `progress` gives what was found so far, and records no point as verified.
+    /// Verifies the pool, one pack at a time; see [`Pool::verify_with`].
     pub fn verify(
         self: &Arc<Self>,
         depth: Depth,
         progress: &mut dyn VerifyProgress,
     ) -> Result<VerifyReport, PoolError> {
+        self.verify_with(&VerifyOptions::new(depth), progress)
+    }
+
+    /// Verifies the pool. Where this process may write, newly found damage is recorded, so that no new point uses it,
+    /// and points that were proved whole are recorded as verified.
+    ///
+    /// Cancelling by `progress` gives what was found so far, and records no point as verified. With
+    /// [`VerifyOptions::every`] points are looked at only if damage was found that was not known, and the index is read
+    /// once a round.
+    pub fn verify_with(
+        self: &Arc<Self>,
+        options: &VerifyOptions,
+        progress: &mut dyn VerifyProgress,
+    ) -> Result<VerifyReport, PoolError> {
+        let depth = options.depth;
         let mut report = VerifyReport { damage: self.notes().to_vec(), ..VerifyReport::default() };
         for found in self.recheck_records()? {
             let is_same = |known: &Damage| {
@@ -88,7 +169,14 @@ impl Pool {
             }
         }
         self.verify_small_files(&mut report)?;
-        let runs = self.index().examine();
+        let due = options.every.map(|every| self.due(every));
+        let due = match due {
+            Some(None) => return Ok(report),
+            Some(due) => due,
+            None => None,
+        };
+        let is_index_due = due.is_none_or(|due| due.holds(0));
+        let runs = if is_index_due { self.index().examine() } else { Vec::new() };
         for damage in &runs {
             if let Damage::File { path, .. } = damage {
                 self.index_mut().discard(path);
@@ -102,59 +190,73 @@ impl Pool {
         }
 
         let state = self.state().clone();
-        let known: BTreeMap<PackId, crate::index::PackInfo> =
+        let known: BTreeMap<PackId, PackInfo> =
             self.index().packs().iter().map(|(id, info)| (*id, *info)).collect();
-        let total: u64 = known.values().map(|info| info.length).sum();
         let mut bad: HashMap<PackId, BTreeSet<u32>> = state.damaged.clone();
-        let mut done = 0;
-        let mut cancelled = false;
+        let mut packs = Vec::new();
+        let mut is_any_gone = false;
         for (id, info) in &known {
             if state.permitted.contains_key(id) {
                 continue;
             }
             if !info.present {
+                is_any_gone |= state.damaged.get(id).is_none_or(|frames| !frames.is_empty());
                 bad.insert(*id, BTreeSet::new());
-                continue;
-            }
-            let found = match depth {
-                Depth::Structure => self.examine_structure(*id),
-                Depth::ReadData => self.examine_data(*id, info.domain, info.kind)?,
-            };
-            if depth == Depth::ReadData {
-                // What was recorded may have been one failed read; what counts is what was read now.
-                bad.remove(id);
-            }
-            report.packs += 1;
-            report.bytes_read += found.read;
-            done += info.length;
-            if !found.damage.is_empty() {
-                // A pack whose table is damaged still serves its frames; one of which the frames cannot be found does not.
-                let is_new = found.frames.iter().any(|frame| state.is_healthy(*id, *frame))
-                    || found.is_lost && state.damaged.get(id).is_none_or(|frames| !frames.is_empty());
-                report.damage.extend(found.damage.iter().cloned());
-                let entry = bad.entry(*id).or_default();
-                if found.is_lost {
-                    entry.clear();
-                } else {
-                    entry.extend(&found.frames);
-                }
-                let nothing_lost = found.frames.is_empty() && !found.is_lost;
-                if nothing_lost && entry.is_empty() {
-                    bad.remove(id);
-                }
-                if is_new {
-                    let frames =
-                        if found.is_lost { Vec::new() } else { found.frames.iter().copied().collect() };
-                    report.new_damage.push((*id, frames));
-                }
-            }
-            if !progress.update(done, total) {
-                cancelled = true;
-                break;
+            } else if due.is_none_or(|due| due.holds(place(*id))) {
+                packs.push((*id, *info));
             }
         }
-        self.verify_points(&bad, &mut report)?;
-        if depth == Depth::ReadData && !cancelled {
+        if let Some(due) = due {
+            packs.sort_by_key(|(id, _)| (due.distance(place(*id)), *id));
+        }
+        let total: u64 = packs.iter().map(|(_, info)| info.length).sum();
+        let mut done = 0;
+        let mut failed = None;
+        let examine = |(id, info): &(PackId, PackInfo), decoder: &mut Option<Decoder>| {
+            self.examine_pack(*id, info, options, decoder)
+        };
+        let threads = if depth == Depth::Structure { 1 } else { options.threads };
+        let mut is_whole = true;
+        for part in pieces(due, total) {
+            let from = packs.partition_point(|(id, _)| part.before(*id));
+            let end = packs.partition_point(|(id, _)| !part.after(*id));
+            let packs = packs.get(from..end).unwrap_or_default();
+            let seen = |(id, info): &(PackId, PackInfo), found: Result<Examined, PoolError>| match found {
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+                Ok(found) => {
+                    if depth == Depth::ReadData {
+                        // What was recorded may have been one failed read; what counts is what was read now.
+                        bad.remove(id);
+                    }
+                    done += info.length;
+                    report.note(*id, found, &state, &mut bad);
+                    progress.update(done, total)
+                }
+            };
+            is_whole = in_order(packs, threads, || None, examine, seen)?;
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            if !is_whole {
+                break;
+            }
+            if depth == Depth::ReadData {
+                let bytes = packs.iter().map(|(_, info)| info.length).sum();
+                report.proved.push(ProvedPart { part: part.part, packs: packs.len() as u64, bytes });
+            }
+            if due.is_some() && self.is_writable() {
+                // A stop does not lose what was done so far.
+                self.record_verified(&report)?;
+                report.proved.clear();
+            }
+        }
+        if due.is_none() || is_any_gone || !report.new_damage.is_empty() {
+            self.verify_points(&bad, &mut report)?;
+        }
+        if depth == Depth::ReadData && due.is_none() && is_whole {
             let damaged: HashSet<RecoveryPointId> = report.damaged_points.iter().copied().collect();
             report.proved_points = state
                 .in_order()
@@ -168,6 +270,16 @@ impl Pool {
             self.record_verified(&report)?;
         }
         Ok(report)
+    }
+
+    /// What must be proved now so that everything is, every so many seconds.
+    pub fn due(&self, every: u64) -> Option<Part> {
+        let state = self.state();
+        let time = self.world.clock.now_micros();
+        let since = time.saturating_sub(state.last_time).min(state::MAX_STEP);
+        let now = Proof { pool_time: state.pool_time.saturating_add(since), time };
+        let created = Proof { pool_time: 0, time: self.created().0 };
+        state.proofs.due(now, created, every.saturating_mul(Timestamp::SECOND))
     }
 
     /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole. A reader
@@ -200,6 +312,10 @@ impl Pool {
         if !points.is_empty() {
             let record = payload::PointsMark { points, reason: "every byte read and hashed".to_owned() };
             self.append(Kind::Verified, &record)?;
+        }
+        for ProvedPart { part, packs, bytes } in report.proved.iter().copied() {
+            let record = payload::Proved { from: part.from, length: part.length, packs, bytes };
+            self.append(Kind::Proved, &record)?;
         }
         Ok(())
     }
@@ -260,26 +376,32 @@ impl Pool {
         }
     }
 
-    /// Every byte of a pack: hashes first, then each chunk against its id, where the table or a run tells the ids.
+    fn examine_pack(
+        &self,
+        id: PackId,
+        info: &PackInfo,
+        options: &VerifyOptions,
+        decoder: &mut Option<Decoder>,
+    ) -> Result<Examined, PoolError> {
+        match options.depth {
+            Depth::Structure => Ok(self.examine_structure(id)),
+            Depth::Hashes | Depth::ReadData => {
+                self.examine_data(id, info.domain, info.kind, options.reading(), decoder)
+            }
+        }
+    }
+
+    /// Every byte of a pack against its hash, and each chunk against its id, where the table or a run tells the ids.
     fn examine_data(
         &self,
         id: PackId,
         domain: model::DomainId,
         kind: PackKind,
+        reading: Reading<'_>,
+        decoder: &mut Option<Decoder>,
     ) -> Result<Examined, PoolError> {
         let files = &*self.world.files;
         let path = files.display(&pack::name(id));
-        // A sector that cannot be read is damage like any other; which frames it costs shows below.
-        let walked = packs::examine(files, self.id(), id).unwrap_or_else(|error| packs::PackExamination {
-            damaged: vec![(0, error.to_string())],
-            ..packs::PackExamination::default()
-        });
-        let mut examined = Examined { read: walked.length, is_lost: false, ..Examined::default() };
-        let damage =
-            |offset: u64, reason: String| Damage::File { path: path.clone(), offset, reason, derived: false };
-        examined.damage.extend(walked.damaged.iter().map(|(offset, reason)| damage(*offset, reason.clone())));
-        examined.frames.extend(&walked.frames);
-
         let mut places: BTreeMap<u32, Vec<(ChunkId, Location)>> = BTreeMap::new();
         let mut add = |chunk: ChunkId, location: u32| {
             let place = Location { pack: id, at: location };
@@ -297,33 +419,62 @@ impl Pool {
             }
         }
         let keys = self.domain_keys(domain);
+        let seal = keys.pack(id)?;
         let chunk_kind = match kind {
             PackKind::Blocks => ChunkKind::Block,
             PackKind::Nodes => ChunkKind::Node,
         };
-        self.forget_pack(id);
-        for (frame, chunks) in places {
-            let Some((_, first)) = chunks.first() else { continue };
-            let reason = match self.reader.decoded(*first, domain, kind) {
-                Err(error) => Some(error.to_string()),
-                Ok(decoded) => chunks.iter().find_map(|(chunk, place)| {
-                    let Some(bytes) = decoded.chunk(place.slot()) else {
-                        return Some(format!("the frame has no chunk {}", place.slot()));
-                    };
-                    (keys.chunk_id(chunk_kind, blake3::hash(bytes).as_bytes()) != *chunk)
-                        .then(|| format!("the chunk in place {} is not {chunk}", place.slot()))
-                }),
+        let is_chunk = |chunk: &ChunkId, slot: usize, bytes: Option<&[u8]>| match bytes {
+            None => Err(format!("the frame has no chunk {slot}")),
+            Some(bytes) if keys.chunk_id(chunk_kind, blake3::hash(bytes).as_bytes()) != *chunk => {
+                Err(format!("the chunk in place {slot} is not {chunk}"))
+            }
+            Some(_) => Ok(()),
+        };
+        let decoder = match decoder {
+            Some(decoder) => decoder,
+            none => none.insert(Decoder::new().map_err(PoolError::Misuse)?),
+        };
+        let mut prove = |at: u32, header: &FrameHeader, head: &[u8], sealed: &mut [u8]| {
+            let chunks = places.get(&at)?;
+            let Some(plain) = seal.open(frame_nonce(u64::from(at)), head, sealed) else {
+                return Some(Err("the seal of the frame does not fit its bytes".to_owned()));
             };
-            match reason {
-                Some(reason) => {
-                    if examined.frames.insert(frame) {
-                        examined.damage.push(damage(u64::from(frame), reason));
-                    }
-                }
-                // Rot in its padding or in the hash for those without a key: told above, and costs nobody anything.
-                None => {
-                    examined.frames.remove(&frame);
-                }
+            Some(decoder.decode(header.codec, plain, header.decoded as usize).and_then(|content| {
+                let spans = frame::spans(kind, usize::from(header.chunks), content)
+                    .map_err(|error| format!("{error:?}"))?;
+                chunks.iter().try_for_each(|(chunk, place)| {
+                    let bytes = spans.get(place.slot()).and_then(|span| content.get(span.clone()));
+                    is_chunk(chunk, place.slot(), bytes)
+                })
+            }))
+        };
+        // What cannot be read at all is damage like any other; which frames it costs shows below.
+        let walked =
+            examine::examine(files, self.id(), id, reading, Some(&mut prove)).unwrap_or_else(|error| {
+                PackExamination { damaged: vec![(0, error.to_string())], ..PackExamination::default() }
+            });
+        let mut examined = Examined { read: walked.length, frames: walked.frames, damage: Vec::new() };
+        let damage =
+            |offset: u64, reason: String| Damage::File { path: path.clone(), offset, reason, derived: false };
+        examined.damage.extend(walked.damaged.into_iter().map(|(offset, reason)| damage(offset, reason)));
+        let missed: Vec<_> = places.into_iter().filter(|(frame, _)| !walked.met.contains(frame)).collect();
+        if !missed.is_empty() {
+            self.forget_pack(id);
+        }
+        for (frame, chunks) in missed {
+            let Some((_, first)) = chunks.first() else { continue };
+            let proved =
+                self.reader.decoded(*first, domain, kind).map_err(|error| error.to_string()).and_then(
+                    |decoded| {
+                        chunks.iter().try_for_each(|(chunk, place)| {
+                            is_chunk(chunk, place.slot(), decoded.chunk(place.slot()))
+                        })
+                    },
+                );
+            if let Err(reason) = proved {
+                examined.frames.insert(frame);
+                examined.damage.push(damage(u64::from(frame), reason));
             }
         }
         Ok(examined)
@@ -472,6 +623,43 @@ impl Pool {
     }
 }
 
+/// So many bytes of packs are read between two records of a verify by age.
+const PIECE: u64 = 1 << 30;
+
+/// A part of what a verify reads, before it is recorded.
+struct Piece {
+    part: Part,
+    /// What is due, and where in it the part begins; all if absent.
+    within: Option<(Part, u64)>,
+}
+
+impl Piece {
+    /// Whether a pack comes before it.
+    fn before(&self, id: PackId) -> bool {
+        self.within.is_some_and(|(due, from)| due.distance(place(id)) < from)
+    }
+
+    /// Whether a pack comes after it.
+    fn after(&self, id: PackId) -> bool {
+        self.within.is_some_and(|(due, from)| due.distance(place(id)) >= from + self.part.length)
+    }
+}
+
+/// What is due, in pieces of about [`PIECE`] bytes.
+fn pieces(due: Option<Part>, total: u64) -> Vec<Piece> {
+    let Some(due) = due else { return vec![Piece { part: Part::WHOLE, within: None }] };
+    let count = total.div_ceil(PIECE).clamp(1, (due.length / proofs::LEAST).max(1));
+    let each = due.length / count;
+    (0..count)
+        .filter_map(|number| {
+            let from = number * each;
+            let length = if number + 1 == count { due.length - from } else { each };
+            let part = Part::new((due.from + from) % proofs::RING, length)?;
+            Some(Piece { part, within: Some((due, from)) })
+        })
+        .collect()
+}
+
 fn push_merged(lost: &mut Vec<(ByteRange, String)>, range: ByteRange, reason: &str) {
     match lost.last_mut() {
         Some((last, known)) if last.end == range.start && known == reason => last.end = range.end,
@@ -497,10 +685,11 @@ impl NodeSource for CheckedNodes<'_> {
     }
 }
 
+/// What was found in a pack.
 #[derive(Default)]
 struct Examined {
     damage: Vec<Damage>,
+    /// Frames that are damaged.
     frames: BTreeSet<u32>,
-    is_lost: bool,
     read: u64,
 }

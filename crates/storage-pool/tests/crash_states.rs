@@ -24,7 +24,7 @@ use environment::simulated::{Operation, SimulatedFiles, Snapshot};
 use model::RecoveryPointId;
 use rig::{Content, Order, Rig, is_exact, store};
 use storage_pool::reclaim::ReclaimOptions;
-use storage_pool::verify::Depth;
+use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Pool, PoolError, Settings};
 
 /// More states than any site here has; the enumeration says if that is wrong.
@@ -360,6 +360,22 @@ fn damage_and_the_block_stored_again() {
             assert_ne!(is_exact(&pool, *id, content), Ok(false), "site {site}");
         }
     }
+}
+
+/// A verify by age: its record says what was read, or the part is due again.
+#[test]
+fn verify_by_age() {
+    let mut prepared = prepare();
+    let pool = prepared.rig.writer(1).unwrap();
+    drop(pool);
+    prepared.rig.clock.advance(std::time::Duration::from_secs(40 * 86_400));
+    prepared.snapshot = prepared.rig.files.snapshot();
+    let options = VerifyOptions { every: Some(30 * 86_400), ..VerifyOptions::new(Depth::ReadData) };
+    every_crash(
+        &prepared,
+        &|rig| rig.writer(1)?.verify_with(&options, &mut |_, _| true).map(drop),
+        &|pool| pool.due(30 * 86_400).is_none(),
+    );
 }
 
 #[test]

@@ -138,13 +138,30 @@ impl RateLimit {
     }
 }
 
-/// Body of `pool verify`.
+/// Body of `pool verify`. At most one of `hashes`, `read_data` and `due`; none: structure alone.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VerifyPool {
-    /// Also read and hash every stored byte.
+    /// Also hash every stored byte.
+    #[serde(default)]
+    pub hashes: bool,
+    /// Also hash, decrypt and decode every stored byte and compare it with what it should be.
     #[serde(default)]
     pub read_data: bool,
+    /// As `read_data`, but only what is due now so that everything is read once in `every_seconds`.
+    #[serde(default)]
+    pub due: bool,
+    /// The period of `due`; 30 days if absent.
+    #[serde(default)]
+    pub every_seconds: Option<u64>,
+    /// How fast stored bytes are read at most.
+    #[serde(default)]
+    pub limit: Option<RateLimit>,
+}
+
+impl VerifyPool {
+    /// The period of `due` where none is said: 30 days.
+    pub const EVERY_SECONDS: u64 = 30 * 86_400;
 }
 
 /// Body of `pool reclaim`.

@@ -17,6 +17,7 @@
 
 mod datasources;
 mod folder;
+mod hashes;
 mod history;
 mod mapping;
 mod points;
@@ -34,9 +35,11 @@ use storage_pool::reclaim::DeletionService;
 
 pub use datasources::StoredDatasource;
 pub use folder::{DataFolder, FolderOptions, NewPool, Opened, default_kit_path, open_kit, read_secret};
+pub use hashes::verify_folder;
 pub use history::History;
 pub use runner::Runner;
 pub use service::AppService;
+pub(crate) use work::TokenBucket;
 
 /// How the server reaches hosts.
 pub trait Hosts: Send + Sync {

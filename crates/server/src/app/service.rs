@@ -287,6 +287,7 @@ impl Service for AppService {
             soft_delete_seconds: settings.soft_delete,
             reclaim_hold_seconds: settings.reclaim_hold,
             damaged: pool.has_known_damage() || !pool.state().unreadable.is_empty(),
+            proved_since: pool.state().proofs.oldest().map(protocol::api::Time),
         })
     }
 

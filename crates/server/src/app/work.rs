@@ -13,7 +13,7 @@ use protocol::api::{
     RemoveData, Started, Synchronize, Time,
 };
 use storage_pool::reclaim::ReclaimOptions;
-use storage_pool::verify::Depth;
+use storage_pool::verify::{Depth, VerifyOptions};
 
 use super::runner::{Done, RunningJob};
 use super::{App, StoredDatasource};
@@ -99,13 +99,10 @@ impl App {
                 )?
             }
             JobRequest::VerifyPool(options) => {
-                let depth = if options.read_data { Depth::ReadData } else { Depth::Structure };
-                self.runner.start(
-                    JobKind::Verify,
-                    None,
-                    false,
-                    Box::new(move |job| app.verify(depth, job)),
-                )?
+                let options = verify_options(options)?;
+                let (limit, clock) = (options.limit, self.parts.clock.clone());
+                let pace = limit.map(|limit| -> Arc<dyn Pace> { Arc::new(TokenBucket::new(limit, clock)) });
+                self.start_verify(options, pace)?
             }
             JobRequest::Reclaim(options) => {
                 self.writable()?;
@@ -142,6 +139,24 @@ impl App {
             }
         };
         Ok(Started { job })
+    }
+
+    /// Starts a verify whose options are right.
+    pub(crate) fn start_verify(
+        self: &Arc<Self>,
+        options: api::VerifyPool,
+        pace: Option<Arc<dyn Pace>>,
+    ) -> Result<Job, Problem> {
+        let app = self.clone();
+        let depth = match (options.hashes, options.read_data || options.due) {
+            (_, true) => Depth::ReadData,
+            (true, false) => Depth::Hashes,
+            (false, false) => Depth::Structure,
+        };
+        let every = options.every_seconds.unwrap_or(api::VerifyPool::EVERY_SECONDS);
+        let options =
+            VerifyOptions { depth, threads: verify_threads(), pace, every: options.due.then_some(every) };
+        self.runner.start(JobKind::Verify, None, false, Box::new(move |job| app.verify(&options, job)))
     }
 
     fn start_run(
@@ -359,21 +374,21 @@ impl App {
         })
     }
 
-    fn verify(&self, depth: Depth, job: &RunningJob) -> Result<Done, Problem> {
+    fn verify(&self, options: &VerifyOptions, job: &RunningJob) -> Result<Done, Problem> {
         job.phase("verifying", None);
         let steer = job.steer().clone();
         let mut report = self
             .pool()
-            .verify(depth, &mut |done: u64, _total: u64| {
+            .verify_with(options, &mut |done: u64, _total: u64| {
                 job.progress(done, 0, 0, 0);
                 !steer.is_cancelled()
             })
             .map_err(jobs::problem::pool)?;
-        if steer.is_cancelled() {
-            return Err(jobs::problem::cancelled());
-        }
         if !self.pool().is_writable() {
             self.hand_over(&report, job);
+        }
+        if steer.is_cancelled() {
+            return Err(jobs::problem::cancelled());
         }
         report.damage.extend(self.parts.folder.examine());
         report.damage.extend(self.parts.history.examine(self.pool()));
@@ -400,7 +415,7 @@ impl App {
         }
         let mut figures = Figures {
             bytes_read: Some(report.bytes_read),
-            points_kept: Some(report.good_points),
+            points_kept: (report.points > 0 || options.every.is_none()).then_some(report.good_points),
             ..Figures::default()
         };
         super::mapping::list_damage(&mut figures, &report.damage);
@@ -422,7 +437,7 @@ impl App {
     /// A reader verified beside whoever may write. What it found is recorded in a moment of its own, if nobody writes
     /// just now: without the record the next run would build on damaged blocks, with it they are stored again.
     fn hand_over(&self, report: &storage_pool::verify::VerifyReport, job: &RunningJob) {
-        if report.new_damage.is_empty() && report.proved_points.is_empty() {
+        if report.new_damage.is_empty() && report.proved_points.is_empty() && report.proved.is_empty() {
             return;
         }
         let folder = &self.parts.folder;
@@ -578,9 +593,27 @@ impl App {
             }
             JobRequest::VerifyPool(options) => {
                 plan.object = "the pool".to_owned();
-                plan.bytes_read =
-                    options.read_data.then(|| self.pool().space().map(|space| space.packs).unwrap_or(0));
-                plan.steps = vec!["Check headers, tables, records and maps.".to_owned()];
+                let options = verify_options(options)?;
+                let packs = || self.pool().space().map(|space| space.packs).unwrap_or(0);
+                if options.due {
+                    let every = options.every_seconds.unwrap_or(api::VerifyPool::EVERY_SECONDS);
+                    let places = self.pool().due(every).map_or(0, |part| part.length);
+                    let share = (u128::from(places) * u128::from(packs())) >> 32;
+                    plan.bytes_read = Some(u64::try_from(share).unwrap_or(u64::MAX));
+                    plan.steps = vec![
+                        "Check records and keys.".to_owned(),
+                        format!(
+                            "Read, decode and compare {} % of the packs.",
+                            places.saturating_mul(100) >> 32
+                        ),
+                    ];
+                } else {
+                    plan.bytes_read = (options.read_data || options.hashes).then(packs);
+                    plan.steps = vec!["Check headers, tables, records and maps.".to_owned()];
+                }
+                if options.hashes {
+                    plan.steps.push("Hash every stored byte.".to_owned());
+                }
                 if options.read_data {
                     plan.steps.push("Read and hash every stored byte.".to_owned());
                 }
@@ -642,6 +675,26 @@ impl App {
     }
 }
 
+/// Packs that a verify reads at the same time.
+pub(crate) fn verify_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(4)
+}
+
+/// The options of a verify, if they go together.
+fn verify_options(options: &api::VerifyPool) -> Result<api::VerifyPool, Problem> {
+    let depths = [options.hashes, options.read_data, options.due];
+    if depths.iter().filter(|&&depth| depth).count() > 1 {
+        return Err(Problem::new(Code::Usage, "Only one of hashes, read_data and due can be asked for."));
+    }
+    if options.every_seconds.is_some() && !options.due {
+        return Err(Problem::new(Code::Usage, "A period goes with what is due only.").hint("Add --due."));
+    }
+    if options.every_seconds.is_some_and(|every| every < 3600) {
+        return Err(Problem::new(Code::Usage, "The period is less than an hour."));
+    }
+    Ok(options.clone())
+}
+
 fn planned(point: &storage_pool::state::Point, why: String) -> PlannedPoint {
     PlannedPoint { id: point.id, datasource: point.machine.clone(), time: Time(point.captured), why }
 }
@@ -655,7 +708,7 @@ fn reclaim_options(options: &api::Reclaim, dry_run: bool) -> ReclaimOptions {
 }
 
 /// Lets bytes through at a rate that may depend on the hour.
-struct TokenBucket {
+pub(crate) struct TokenBucket {
     limit: RateLimit,
     clock: Arc<dyn environment::Clock>,
     /// Monotonic time until which what was let through fills the rate.
@@ -663,7 +716,7 @@ struct TokenBucket {
 }
 
 impl TokenBucket {
-    fn new(limit: RateLimit, clock: Arc<dyn environment::Clock>) -> TokenBucket {
+    pub(crate) fn new(limit: RateLimit, clock: Arc<dyn environment::Clock>) -> TokenBucket {
         let now = clock.monotonic_micros();
         TokenBucket { limit, clock, paid_until: std::sync::Mutex::new(now) }
     }

@@ -1,4 +1,5 @@
-//! What a running server does by itself: pool time goes on, and in idle time machines are compared in full.
+//! What a running server does by itself: pool time goes on, what is stored is proved again, and in idle time machines are
+//! compared in full.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,11 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use block_io::Pace;
 use environment::Clock;
 use model::{Code, DatasourceId, Problem, Timestamp};
-use protocol::api::{HostState, JobRequest};
+use protocol::api::{HostState, JobKind, JobRequest, RateLimit, VerifyPool};
+use storage_pool::proofs::RING;
 
-use crate::app::App;
+use crate::app::{App, TokenBucket};
 
 /// How often it looks around.
 const ROUND: Duration = Duration::from_secs(60);
@@ -21,6 +24,43 @@ const SWEEP: u64 = 30 * Timestamp::DAY;
 /// A compare that failed is not tried again before.
 const PAUSE: u64 = Timestamp::DAY;
 
+/// A verify by age that failed is not tried again before.
+const REST: u64 = Timestamp::DAY / 24;
+/// While other jobs run, a verify by age reads so many times slower.
+const YIELD: u64 = 8;
+
+/// How everything that is stored is proved again and again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByAge {
+    /// Within so many seconds; never if 0.
+    pub every_seconds: u64,
+    /// Read no faster than so.
+    pub bytes_per_second: u64,
+}
+
+impl Default for ByAge {
+    /// 30 days, 50 MB/s: enough for a pool of 120 TB.
+    fn default() -> ByAge {
+        ByAge { every_seconds: VerifyPool::EVERY_SECONDS, bytes_per_second: 50_000_000 }
+    }
+}
+
+/// A rate that other jobs come before.
+struct Yielding {
+    bucket: TokenBucket,
+    app: std::sync::Weak<App>,
+}
+
+impl Pace for Yielding {
+    fn wait(&self, bytes: u64) {
+        let is_alone = self
+            .app
+            .upgrade()
+            .is_none_or(|app| app.runner().running().iter().all(|job| job.kind == JobKind::Verify));
+        self.bucket.wait(if is_alone { bytes } else { bytes.saturating_mul(YIELD) });
+    }
+}
+
 /// The thread.
 pub struct Housekeeping {
     stop: Arc<AtomicBool>,
@@ -29,15 +69,17 @@ pub struct Housekeeping {
 
 impl Housekeeping {
     /// Starts it.
-    pub fn start(app: Arc<App>, clock: Arc<dyn Clock>) -> Result<Housekeeping, Problem> {
+    pub fn start(app: Arc<App>, clock: Arc<dyn Clock>, by_age: ByAge) -> Result<Housekeeping, Problem> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("housekeeping".to_owned())
             .spawn(move || {
                 let mut tried = HashMap::new();
+                let mut proved = None;
                 while !stopping.load(Ordering::SeqCst) {
                     round(&app, Timestamp(clock.now_micros()), &mut tried);
+                    prove_due(&app, &clock, by_age, &mut proved);
                     let rounds = ROUND.as_millis() / LOOK.as_millis();
                     for _ in 0..rounds {
                         if stopping.load(Ordering::SeqCst) {
@@ -69,7 +111,7 @@ fn round(app: &Arc<App>, now: Timestamp, tried: &mut HashMap<DatasourceId, Times
     {
         tracing::warn!(%error, "the pool's clock cannot go on");
     }
-    if !app.runner().running().is_empty() {
+    if app.runner().running().iter().any(|job| job.kind != JobKind::Verify) {
         return;
     }
     let Some(datasource) = due(app, now, tried) else { return };
@@ -80,6 +122,35 @@ fn round(app: &Arc<App>, now: Timestamp, tried: &mut HashMap<DatasourceId, Times
             tracing::info!(%datasource, job = %started.job.id, "comparing in full: the last time is 30 days ago")
         }
         Err(problem) => tracing::warn!(%datasource, %problem, "a full compare could not be started"),
+    }
+}
+
+/// Reads a day's share of what is stored, when it is due.
+fn prove_due(app: &Arc<App>, clock: &Arc<dyn Clock>, by_age: ByAge, tried: &mut Option<Timestamp>) {
+    let now = Timestamp(clock.now_micros());
+    if by_age.every_seconds == 0
+        || tried.is_some_and(|at| now.since(at) < REST)
+        || app.runner().running().iter().any(|job| job.kind == JobKind::Verify)
+    {
+        return;
+    }
+    let a_day = u128::from(RING) * u128::from(by_age.every_seconds.min(Timestamp::DAY / Timestamp::SECOND));
+    let is_due = app
+        .pool()
+        .due(by_age.every_seconds)
+        .is_some_and(|part| u128::from(part.length) * u128::from(by_age.every_seconds) >= a_day);
+    if !is_due {
+        return;
+    }
+    *tried = Some(now);
+    let limit = RateLimit { bytes_per_second: by_age.bytes_per_second, hours: None };
+    let pace =
+        Arc::new(Yielding { bucket: TokenBucket::new(limit, clock.clone()), app: Arc::downgrade(app) });
+    let options =
+        VerifyPool { due: true, every_seconds: Some(by_age.every_seconds), ..VerifyPool::default() };
+    match app.start_verify(options, Some(pace)) {
+        Ok(job) => tracing::info!(job = %job.id, "reading what is due"),
+        Err(problem) => tracing::warn!(%problem, "what is due could not be read"),
     }
 }
 
@@ -117,7 +188,6 @@ fn due(app: &App, now: Timestamp, tried: &HashMap<DatasourceId, Timestamp>) -> O
 mod tests {
     use environment::{FixedClock, FolderFiles, SystemRandomness};
     use model::{Cause, Consistency, RecoveryPointId};
-    use protocol::api::JobKind;
     use storage_pool::reclaim::DeletionService;
     use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, Settings, World};
 
@@ -249,6 +319,37 @@ mod tests {
         assert_eq!(checks(&app), [old], "a compare that failed is not tried again at once");
         round(&app, Timestamp(NOW + PAUSE), &mut tried);
         assert!(checks(&app).len() >= 2, "but later");
+    }
+
+    /// Everything is read again within the period, a share a day, without anybody asking.
+    #[test]
+    fn a_share_is_proved_each_day() {
+        let scratch = tempfile::tempdir().unwrap();
+        let clock = Arc::new(FixedClock::new(NOW));
+        let app = app(scratch.path(), &clock);
+        machine(&app, 1, NOW);
+        let shared: Arc<dyn Clock> = clock.clone();
+        let by_age = ByAge { every_seconds: 4 * 86_400, bytes_per_second: 1_000_000_000 };
+        let mut tried = None;
+        let verified = |app: &App| {
+            while !app.runner().running().is_empty() {
+                std::thread::sleep(LOOK / 50);
+            }
+            app.runner().jobs().iter().filter(|job| job.kind == JobKind::Verify).count()
+        };
+        prove_due(&app, &shared, by_age, &mut tried);
+        assert_eq!(verified(&app), 0, "everything is new");
+        for day in 1..=4 {
+            clock.advance(Duration::from_secs(86_400));
+            assert_eq!(app.pool().state().proofs.oldest(), None);
+            prove_due(&app, &shared, by_age, &mut tried);
+            assert_eq!(verified(&app), day);
+            prove_due(&app, &shared, by_age, &mut tried);
+            assert_eq!(verified(&app), day, "not twice a day");
+        }
+        assert_eq!(app.pool().state().proofs.oldest(), Some(Timestamp(NOW + Timestamp::DAY)));
+        prove_due(&app, &shared, ByAge { every_seconds: 0, ..by_age }, &mut None);
+        assert_eq!(verified(&app), 4);
     }
 
     /// Pool time goes on although nothing happens (section 9.3 of the pool's format).

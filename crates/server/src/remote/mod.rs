@@ -26,5 +26,5 @@ pub use self::identity::server_identity;
 pub use api_tokens::ApiTokens;
 pub use host::{RemoteHost, RemoteTimes};
 pub use hosts::RemoteHosts;
-pub use housekeeping::Housekeeping;
+pub use housekeeping::{ByAge, Housekeeping};
 pub use register::PoolRegister;

@@ -24,6 +24,7 @@ pub enum Kind {
     Restored = 13,
     Tick = 14,
     Release = 15,
+    Proved = 16,
 }
 
 impl Kind {
@@ -32,7 +33,7 @@ impl Kind {
         use Kind::*;
         [
             Created, Takeover, Domain, Point, Tombstone, Undelete, Quarantine, Permit, Document, Damage,
-            Suspect, Verified, Restored, Tick, Release,
+            Suspect, Verified, Restored, Tick, Release, Proved,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == number)
@@ -242,6 +243,23 @@ pub struct PointsMark {
     /// Why, for people.
     #[prost(string, tag = "2")]
     pub reason: String,
+}
+
+/// Proved (16).
+#[derive(Clone, PartialEq, Message)]
+pub struct Proved {
+    /// The first four bytes of a pack id, as a big-endian number: the first of the part.
+    #[prost(uint64, tag = "1")]
+    pub from: u64,
+    /// How many of them; the part may go on at 0.
+    #[prost(uint64, tag = "2")]
+    pub length: u64,
+    /// Packs that were read, for people.
+    #[prost(uint64, tag = "3")]
+    pub packs: u64,
+    /// Bytes of their files, for people.
+    #[prost(uint64, tag = "4")]
+    pub bytes: u64,
 }
 
 /// Restored (13).

@@ -13,7 +13,7 @@ use environment::SeededRandomness;
 use environment::simulated::{Failure, Operation, SimulatedFiles, When};
 use model::{DatasourceId, RecoveryPointId};
 use storage_pool::reclaim::ReclaimOptions;
-use storage_pool::verify::Depth;
+use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Access, Damage, Pool, PoolError, Settings};
 
 use super::{CONTENTS, Content, Elsewhere, Known, Order, Rig, is_exact, is_exact_knowing, store};
@@ -401,7 +401,12 @@ impl Life {
                     Err(error) => Err(error),
                 }
             }
-            16 => pool.verify(Depth::ReadData, &mut |_, _| true).map(|_| "verified".to_owned()),
+            16 => {
+                let every = (self.below(2) == 0).then_some(10 * DAY);
+                let options = VerifyOptions { every, ..VerifyOptions::new(Depth::ReadData) };
+                let report = pool.verify_with(&options, &mut |_, _| true)?;
+                Ok(format!("verified {} packs", report.packs))
+            }
             17 => {
                 let bytes = self.random.next_u64().to_le_bytes();
                 pool.put_document("a", (bytes[0] > 50).then_some(&bytes)).map(|()| "document".to_owned())
