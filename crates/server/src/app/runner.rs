@@ -285,6 +285,10 @@ impl RunningJob {
     }
 
     fn end(&self, outcome: Result<Done, Problem>, began: u64, exclusive: Option<DatasourceId>) {
+        // Its work is over. Who sees that it ended may ask for the next one at once, so the machine is free before that.
+        if let Some(datasource) = exclusive {
+            self.shared.running().busy.remove(&datasource);
+        }
         let now = Timestamp(self.shared.clock.now_micros());
         let seconds = self.shared.clock.monotonic_micros().saturating_sub(began) as f64 / 1e6;
         if let Err(problem) = &outcome {
@@ -319,9 +323,6 @@ impl RunningJob {
         self.shared.history.keep(job, log);
         let mut running = self.shared.running();
         running.jobs.remove(&self.id);
-        if let Some(datasource) = exclusive {
-            running.busy.remove(&datasource);
-        }
         drop(running);
         self.changed.notify_all();
         self.shared.ended.notify_all();
