@@ -19,16 +19,23 @@ use crate::format::ballast;
 use crate::pool::Pool;
 use crate::sequence;
 
-/// Files of ballast.
-const FILES: u32 = 4;
-/// Bytes of one, at least and at most.
+/// Bytes of a file of ballast, at least and at most.
 const LEAST: u64 = 1 << 10;
-const MOST: u64 = 4 << 20;
+const MOST: u64 = 256 << 10;
 /// The part of the reserve that one has otherwise.
 const PART: u64 = 16;
+/// Bytes of packs for which there is one more file: what a reclaim has to write down grows with the pool.
+const PACKS_A_FILE: u64 = 256 << 20;
+/// Files of ballast, at most.
+const FILES: u64 = 64;
 
 fn ballast_bytes(reserve: u64) -> u64 {
     if reserve == 0 { 0 } else { (reserve / PART).clamp(LEAST, MOST) }
+}
+
+/// How many a pool with so many bytes of packs has.
+fn ballast_files(packs: u64) -> u32 {
+    (1 + packs / PACKS_A_FILE).min(FILES) as u32
 }
 
 /// Reads the ballast and compares it with what it must be.
@@ -64,16 +71,18 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes ballast that is not there, if the reserve stays free.
+    /// Makes ballast that is not there, as much as a pool of this size has, if the reserve stays free.
     pub(crate) fn make_ballast(&self) -> Result<(), PoolError> {
         let reserve = self.settings().reserve.unwrap_or(0);
         let length = ballast_bytes(reserve);
         if length == 0 {
             return Ok(());
         }
+        let packs = self.index().packs().values().filter(|pack| pack.present).map(|pack| pack.length).sum();
         let there = ballast_there(&*self.world.files)?;
-        let missing: Vec<u32> =
-            (0..FILES).filter(|number| !there.iter().any(|(other, _)| other == number)).collect();
+        let missing: Vec<u32> = (0..ballast_files(packs))
+            .filter(|number| !there.iter().any(|(other, _)| other == number))
+            .collect();
         if missing.is_empty() {
             return Ok(());
         }
@@ -106,5 +115,21 @@ impl Pool {
             service.give_up_ballast()?;
         }
         Ok(is_tight)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ballast_grows_with_the_pool() {
+        assert_eq!(ballast_bytes(0), 0);
+        assert_eq!(
+            (ballast_bytes(1), ballast_bytes(64 << 10), ballast_bytes(1 << 30)),
+            (1 << 10, 4 << 10, 256 << 10)
+        );
+        let files = [0, PACKS_A_FILE - 1, PACKS_A_FILE, 16 << 30, 80 << 40].map(ballast_files);
+        assert_eq!(files, [1, 1, 2, 64, 64]);
     }
 }
