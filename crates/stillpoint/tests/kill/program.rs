@@ -61,12 +61,16 @@ impl Program {
         Program { binary, data: folder.join("data"), temporary, said, network }
     }
 
+    /// The recovery kit that was written with the data folder.
+    pub fn kit(&self) -> PathBuf {
+        let mut name = self.data.clone().into_os_string();
+        name.push("-recovery-kit.txt");
+        name.into()
+    }
+
     /// Starts a command on the data folder.
     pub fn start(&self, words: &[String]) -> Running {
-        // Into files, not pipes: what a killed process said stays, and nobody waits for an end of a pipe.
-        let (out, err) = (self.said.join("out"), self.said.join("err"));
-        let began = Instant::now();
-        let mut command = match &self.network {
+        let command = match &self.network {
             Some(network) => network.command(words),
             None => {
                 let mut command = Command::new(&self.binary);
@@ -74,6 +78,20 @@ impl Program {
                 command
             }
         };
+        self.started(command, words)
+    }
+
+    /// Runs a command that needs no data folder to its end.
+    pub fn run_alone(&self, words: &[String]) -> Ended {
+        let mut command = Command::new(&self.binary);
+        command.arg("--json").args(words);
+        self.started(command, words).end()
+    }
+
+    fn started(&self, mut command: Command, words: &[String]) -> Running {
+        // Into files, not pipes: what a killed process said stays, and nobody waits for an end of a pipe.
+        let (out, err) = (self.said.join("out"), self.said.join("err"));
+        let began = Instant::now();
         let child = command
             .env("TMPDIR", &self.temporary)
             .env_remove("STILLPOINT_SERVER")

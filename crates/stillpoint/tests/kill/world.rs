@@ -34,10 +34,11 @@ pub enum Kind {
     Recover,
     Rebuild,
     Verify,
+    Copy,
 }
 
 /// How often each is killed, in proportion.
-const MIX: [(Kind, u64); 12] = [
+const MIX: [(Kind, u64); 13] = [
     (Kind::Add, 3),
     (Kind::Protect, 14),
     (Kind::List, 16),
@@ -50,6 +51,7 @@ const MIX: [(Kind, u64); 12] = [
     (Kind::Recover, 10),
     (Kind::Rebuild, 6),
     (Kind::Verify, 4),
+    (Kind::Copy, 8),
 ];
 
 /// A command that will be killed, and what it may change.
@@ -156,6 +158,11 @@ impl World {
             all.extend(words(&["--soft-delete", "0s", "--reclaim-hold", "0s"]));
         }
         all
+    }
+
+    /// The second copy of the pool.
+    fn copy(&self) -> PathBuf {
+        self.folder.join("copy")
     }
 
     /// A path as the command line names it.
@@ -296,6 +303,10 @@ impl World {
             }
             Kind::Rebuild => plan.words = words(&["catalog", "rebuild"]),
             Kind::Verify => plan.words = words(&["pool", "verify", "--read-data"]),
+            Kind::Copy => {
+                plan.words = words(&["pool", "copy", "--to"]);
+                plan.words.push(self.copy().display().to_string());
+            }
         }
         Some(plan)
     }
@@ -455,7 +466,32 @@ impl World {
             self.recovered += 1;
         }
         self.look(Some(plan), true);
-        self.no_strays(matches!(plan.kind, Kind::Verify | Kind::Recover));
+        if plan.kind == Kind::Copy {
+            self.recover_from_copy();
+        }
+        self.no_strays(plan.kind);
+    }
+
+    /// A copy that was finished gives back a point that is there now, with the kit alone.
+    fn recover_from_copy(&mut self) {
+        if self.live.is_empty() {
+            return;
+        }
+        let (id, machine) = self.live[self.below(self.live.len())].clone();
+        let hashes = &self.ledger[&id].disks;
+        let disk = self.below(hashes.len());
+        let path = self.folder.join("recovered").join("from-copy.raw");
+        let mut all = words(&["recover", "disk", &machine, "--point", &id, "--disk", &disk.to_string()]);
+        let named = [("--pool", self.copy()), ("--kit", self.program.kit()), ("--to", path.clone())];
+        for (option, path) in named {
+            all.extend([option.to_owned(), path.display().to_string()]);
+        }
+        let ended = self.program.run_alone(&all);
+        assert_eq!(ended.status, Some(0), "from the copy: {}", ended.told());
+        quiet(&ended);
+        assert_eq!(hash_of(&path), hashes[disk], "recovered otherwise from the copy: {}", ended.told());
+        fs::remove_file(&path).unwrap();
+        self.recovered += 1;
     }
 
     /// Compares the program's list of points with the ledger.
@@ -496,12 +532,18 @@ impl World {
     }
 
     /// Nothing temporary is left, wherever a command may have put something.
-    fn no_strays(&self, is_reader: bool) {
+    fn no_strays(&self, kind: Kind) {
+        let is_reader = matches!(kind, Kind::Verify | Kind::Recover | Kind::Copy);
         // A server at work has its database open, and a reader clears nothing up, because it writes nothing.
         let is_closed = self.program.network.is_none() && !is_reader;
         let mut strays = Vec::new();
         let mut folders = vec![self.folder.clone()];
         while let Some(folder) = folders.pop() {
+            // What a killed copy left there is the next copy's to clear.
+            if folder == self.copy() && kind != Kind::Copy {
+                continue;
+            }
+            let is_closed = is_closed || folder.starts_with(self.copy());
             for entry in fs::read_dir(&folder).unwrap().flatten() {
                 let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
                 let is_stray = folder == self.program.temporary
@@ -620,7 +662,7 @@ impl World {
         let log = self.program.run(&words(&["job", "log", job["id"].as_str().unwrap()]));
         let was_equal = log.lines.iter().any(|line| line.to_string().contains("were equal"));
         assert!(was_equal, "derived tables: {}", log.told());
-        self.no_strays(false);
+        self.no_strays(Kind::Rebuild);
         self.nobody_lives();
     }
 
