@@ -286,7 +286,7 @@ fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
         | Command::Pool(PoolCommand::Status | PoolCommand::Verify(_) | PoolCommand::Copy { .. })
         | Command::Job(JobCommand::List { .. } | JobCommand::Show { .. } | JobCommand::Log { .. })
         | Command::Alert(AlertCommand::List { .. })
-        | Command::RecoveryKit(KitCommand::Test { .. }) => (false, None),
+        | Command::RecoveryKit(KitCommand::Test { .. } | KitCommand::List) => (false, None),
         Command::Protect { job, .. }
         | Command::Check { job, .. }
         | Command::Prune { job, .. }

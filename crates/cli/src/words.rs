@@ -456,6 +456,8 @@ pub enum PoolCommand {
         #[command(flatten)]
         job: JobArgs,
     },
+    /// Seal what is written from now on under a new root key; nothing is rewritten
+    RotateKeys,
     /// Write the recovery kit
     #[command(hide = true)]
     ExportKeys(KitWriteArgs),
@@ -564,6 +566,16 @@ pub struct KitWriteArgs {
 pub enum KitCommand {
     /// Write the recovery kit and prove it
     Write(KitWriteArgs),
+    /// List who can open the pool: servers and recovery kits
+    List,
+    /// Keep a lost or stolen kit from opening what is written from now on
+    Revoke {
+        /// Id or unique prefix, as `recovery-kit list` shows it and the kit's line `recipient` has it
+        recipient: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Open the pool with nothing but the kit
     Test {
         /// The kit; where it was last written otherwise

@@ -49,6 +49,8 @@ impl Span {
 /// What the bundles of a pool gave.
 #[derive(Default)]
 pub(crate) struct Bundles {
+    /// The oldest key generation that one of them is sealed under.
+    pub oldest: Option<u16>,
     /// State after the last record that they cover.
     pub state: State,
     /// Hash of that record's file.
@@ -100,6 +102,10 @@ pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, 
 
 /// The opened content of a bundle.
 fn open(files: &dyn Files, keys: &Keys, span: Span) -> Result<Vec<u8>, PoolError> {
+    open_with_generation(files, keys, span).map(|(content, _)| content)
+}
+
+fn open_with_generation(files: &dyn Files, keys: &Keys, span: Span) -> Result<(Vec<u8>, u16), PoolError> {
     let name = span.name();
     let path = files.display(&name);
     let bytes =
@@ -112,12 +118,12 @@ fn open(files: &dyn Files, keys: &Keys, span: Span) -> Result<Vec<u8>, PoolError
     }
     let mut content = sealed.to_vec();
     let length = keys
-        .bundle(&header.salt)?
+        .bundle(header.generation, &header.salt)?
         .open([0; 12], &raw, &mut content)
         .ok_or_else(|| format(FormatError::at(0, "its seal does not fit: forged, or of another key")))?
         .len();
     content.truncate(length);
-    Ok(content)
+    Ok((content, header.generation))
 }
 
 /// State from the bundles alone. Damage is no error: what bundles do not give is read from the records.
@@ -131,8 +137,9 @@ pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError>
         let mut taken = false;
         for span in candidates {
             match apply(files, keys, span, &found.state) {
-                Ok((state, hash)) => {
+                Ok((state, hash, generation)) => {
                     (found.state, found.hash) = (state, hash);
+                    found.oldest = Some(found.oldest.unwrap_or(generation).min(generation));
                     found.spans.push(span);
                     taken = true;
                     break;
@@ -178,12 +185,22 @@ pub(crate) fn load_bundled(
     let mut state = bundles.state;
     for number in (1..=covered).filter(|number| !numbers.contains(number)) {
         let path = record_path(files, number);
-        state.unreadable.push(Unreadable { number, path, reason: "is missing".to_owned(), needs: None });
+        state.unreadable.push(Unreadable {
+            number,
+            path,
+            reason: "is missing".to_owned(),
+            needs: None,
+            generation: None,
+        });
     }
     let before = (covered > 0).then_some(bundles.hash);
     let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
     let start = sequence::Start { state, before };
     let (state, copies) = sequence::fold(files, keys, &after, &BTreeMap::new(), start);
+    // A recipient that was removed could still make a bundle of an older generation; the records say what is right.
+    if bundles.oldest.is_some_and(|oldest| oldest < state.generation) {
+        return Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage));
+    }
     if copies.is_empty() || state.unreadable.is_empty() {
         return Ok((state, bundles.spans, bundles.damage));
     }
@@ -191,8 +208,13 @@ pub(crate) fn load_bundled(
     Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage))
 }
 
-fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(State, [u8; 32]), PoolError> {
-    let content = open(files, keys, span)?;
+fn apply(
+    files: &dyn Files,
+    keys: &Keys,
+    span: Span,
+    before: &State,
+) -> Result<(State, [u8; 32], u16), PoolError> {
+    let (content, generation) = open_with_generation(files, keys, span)?;
     let mut state = before.clone();
     let mut number = span.first;
     let (_, hash) = bundle::records(&content, span.count(), |record| {
@@ -204,7 +226,7 @@ fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(
     })
     .map_err(|error| error.in_file(files.display(&span.name())))?;
     (state.head, state.head_hash) = (span.last, hash);
-    Ok((state, hash))
+    Ok((state, hash, generation))
 }
 
 /// Damage of every bundle that is there, also of those that a longer one has made needless.
@@ -244,11 +266,14 @@ pub(crate) fn extend(
     }
     let mut content = Vec::new();
     let mut hash = [0u8; 32];
+    let mut last = head;
     for number in covered + 1..=head {
         let Ok(bytes) = sequence::raw(files, number) else { return Ok(None) };
         let Ok((header, payload)) = sequence::opened(keys, number, &bytes) else { return Ok(None) };
+        // What does not fit goes into the next one.
         if content.len() + bundle::cost(payload.len()) > bundle::MAX_CONTENT {
-            return Ok(None);
+            last = number - 1;
+            break;
         }
         bundle::push(
             &mut content,
@@ -256,7 +281,10 @@ pub(crate) fn extend(
         );
         hash = *blake3::hash(&bytes).as_bytes();
     }
-    let mut span = Span { first: covered + 1, last: head };
+    if last < covered + BUNDLE_RECORDS {
+        return Ok(None);
+    }
+    let mut span = Span { first: covered + 1, last };
     let mut kept = spans.to_vec();
     // Bundles grow as digits carry: every record is written again once for each doubling of their number.
     while let Some(last) = kept.last().copied().filter(|last| last.count() < 2 * span.count()) {
@@ -280,9 +308,10 @@ pub(crate) fn extend(
     randomness
         .fill(&mut salt)
         .map_err(|source| failed(PoolError::io(path(), "draw random bytes for", source)))?;
-    let header = BundleHeader { pool: keys.pool(), first: span.first, last: span.last, salt };
+    let generation = keys.generation();
+    let header = BundleHeader { generation, pool: keys.pool(), first: span.first, last: span.last, salt };
     let raw = header.encode(content.len() + crate::keys::TAG);
-    keys.bundle(&salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
+    keys.bundle(generation, &salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
     match sequence::publish(files, &span.name(), &bundle::encode(&raw, &content)) {
         Ok(()) => {}
         // A process that was killed right after it wrote the same.

@@ -26,8 +26,7 @@ use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
 use crate::format::payload::Kind;
 use crate::format::record::{self, RecordHeader};
-use crate::format::{pack, twin};
-use crate::keys::Keys;
+use crate::format::{pack, ring, twin};
 use crate::kit::Recipient;
 use crate::pool::{HEADER_NAME, LOCK_NAME, World, read_header};
 use crate::reclaim::DeletionService;
@@ -159,6 +158,11 @@ fn list(world: &World, folder: &str) -> Result<Vec<Entry>, PoolError> {
     }
 }
 
+/// Magic of a file of `keys/`.
+fn key_magic(name: &str) -> &'static [u8; 8] {
+    if ring::generation(name).is_some() { twin::RING } else { twin::KEY }
+}
+
 fn packs_in(world: &World, folder: &str) -> Result<BTreeMap<PackId, u64>, PoolError> {
     let entries = list(world, folder)?;
     let packs = entries.iter().filter(|entry| !entry.is_folder);
@@ -210,7 +214,7 @@ fn check_target(target: &World, pool: PoolId) -> Result<bool, PoolError> {
     for entry in list(target, "keys")? {
         let name = format!("keys/{}", entry.name);
         let content = target.files.read(&name, twin::MAX_BYTES).ok();
-        let content = content.and_then(|bytes| twin::decode(twin::KEY, &bytes).ok());
+        let content = content.and_then(|bytes| twin::decode(key_magic(&entry.name), &bytes).ok());
         match content.and_then(|twin| twin.content.get(..16).map(<[u8]>::to_vec)) {
             Some(id) if id == pool.0 => is_known = true,
             _ => return Err(not_a_copy(format!("{name} is no key file of pool {pool}"))),
@@ -376,7 +380,7 @@ impl Copy {
                 }
             };
             // A copy of a file that is half right would look right for ever.
-            match twin::decode(twin::KEY, &bytes) {
+            match twin::decode(key_magic(&entry.name), &bytes) {
                 Ok(twin) if twin.damage.is_some() => {
                     report.tell(damage(path, 0, "one of its two copies is damaged"));
                     continue;
@@ -637,8 +641,8 @@ impl Copy {
         if report.cancelled || !report.damage.is_empty() {
             return Ok(0);
         }
-        let (root, _) = crate::pool::unwrap_root(&self.target, recipient)?;
-        let state = sequence::load(&*self.target.files, &Keys::new(self.pool, root))?;
+        let keys = crate::recipients::open(&self.target, recipient)?.keys;
+        let state = sequence::load(&*self.target.files, &keys)?;
         if !state.unreadable.is_empty() {
             return Ok(0);
         }

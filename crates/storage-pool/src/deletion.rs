@@ -10,8 +10,7 @@ use environment::{Files, Removal};
 
 use crate::error::PoolError;
 use crate::format::{ballast, pack, run};
-use crate::keys::Keys;
-use crate::pool::{World, unwrap_root};
+use crate::pool::World;
 use crate::sequence;
 
 /// Unlinks what a permit allows. In the product a process of its own; see [`run_deletion_service`].
@@ -35,8 +34,7 @@ pub fn run_deletion_service(
     permit: Option<u64>,
     runs: &[u64],
 ) -> Result<(), PoolError> {
-    let (root, _) = unwrap_root(world, recipient)?;
-    let keys = Keys::new(recipient.pool, root);
+    let keys = crate::recipients::open(world, recipient)?.keys;
     let state = sequence::load(&*world.files, &keys)?;
     if let Some(record) = state.unreadable.first() {
         return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });

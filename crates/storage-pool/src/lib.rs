@@ -52,6 +52,7 @@ mod pass;
 mod point_device;
 mod pool;
 pub mod proofs;
+pub mod recipients;
 pub mod reclaim;
 mod reserve;
 mod sequence;

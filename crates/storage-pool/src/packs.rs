@@ -56,10 +56,11 @@ impl PackWriter {
         let failed = |source| PoolError::io(files.display(&name), "create", source);
         files.make_folder(&format!("packs/{:02x}", id.0[0])).map_err(failed)?;
         let mut file = files.create(&name).map_err(failed)?;
-        let header = PackHeader { kind, pool, domain: keys.domain, pack: id };
+        let generation = keys.generation();
+        let header = PackHeader { kind, generation, pool, domain: keys.domain, pack: id };
         let raw_header = header.encode();
         file.append(&raw_header).map_err(failed)?;
-        let key = keys.pack(id)?;
+        let key = keys.pack(generation, id)?;
         Ok(PackWriter {
             files,
             header,
@@ -284,9 +285,41 @@ impl PackReader {
         let name = pack::name(pack);
         let path = self.files.display(&name);
         let file = self.files.open(&name).map_err(|source| PoolError::io(path.clone(), "open", source))?;
-        let opened = Arc::new(OpenPack { file, key: self.keys.domain(domain).pack(pack)?, path });
+        let key = self.key_of(&*file, pack, domain)?;
+        let opened = Arc::new(OpenPack { file, key, path });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
         Ok(opened)
+    }
+
+    /// Key of a pack, as far as its file tells it; see [`PackReader::key_of`].
+    pub fn seal_key(&self, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+        let name = pack::name(pack);
+        let file = self.files.open(&name);
+        let file = file.map_err(|source| PoolError::io(self.files.display(&name), "open", source))?;
+        self.key_of(&*file, pack, domain)
+    }
+
+    /// Key of a pack. Its header says of which generation; a header that is damaged or names none that is known does not
+    /// keep the frames of the pack from being read, as they stand for themselves: the first one tells.
+    fn key_of(&self, file: &dyn ReadFile, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+        let keys = self.keys.domain(domain);
+        let generations: Vec<u16> = self.keys.roots().into_keys().collect();
+        if let [only] = generations[..] {
+            return keys.pack(only, pack);
+        }
+        let mut raw = [0u8; HEADER];
+        let header = file.read_exact_at(0, &mut raw).ok().and_then(|()| PackHeader::decode(&raw).ok());
+        let stated = header.map(|header| header.generation).filter(|generation| self.keys.knows(*generation));
+        let read = |at: u64, buf: &mut [u8]| {
+            file.read_exact_at(at, buf).map_err(|source| PoolError::io(String::new(), "read", source))
+        };
+        for generation in stated.iter().chain(generations.iter().rev()) {
+            let key = keys.pack(*generation, pack)?;
+            if open_frame(&key, HEADER as u32, read).is_ok() {
+                return Ok(key);
+            }
+        }
+        keys.pack(stated.unwrap_or_else(|| self.keys.generation()), pack)
     }
 
     /// The encoded bytes of the frame at `location`.
@@ -365,7 +398,7 @@ pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<Finished
             "header, table and trailer do not fit their hash",
         )));
     }
-    let key = keys.domain(header.domain).pack(id)?;
+    let key = keys.domain(header.domain).pack(header.generation, id)?;
     let plain = key
         .open(table_nonce(trailer.table_offset), &raw, &mut table)
         .ok_or_else(|| format(FormatError::at(trailer.table_offset, "the seal of the table does not fit")))?;

@@ -18,10 +18,11 @@ use crate::format::pack::PackKind;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
 use crate::index::{Index, Tables};
-use crate::keys::{DomainKeys, Keys, Secret, wrap_key};
+use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
 use crate::packs::{self, FinishedPack, PackReader, PackWriter};
+use crate::recipients::{self, RecipientKind, wrap_root};
 use crate::sequence::{self, Appender, Tip, Unpublished};
 use crate::sorter::Room;
 use crate::state::{Point, State};
@@ -101,7 +102,7 @@ impl World {
         self.files.display(name)
     }
 
-    fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
+    pub(crate) fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
         sequence::publish(&*self.files, name, bytes).map_err(|failed| failed.into_error(self.path(name)))
     }
 }
@@ -163,6 +164,9 @@ pub struct Pool {
     pub(crate) room: Room,
     domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
     tables: Mutex<Tables>,
+    /// By whom the pool was opened, and held by whoever changes who can.
+    pub(crate) recipient: RecipientId,
+    pub(crate) recipients: Mutex<()>,
     notes: Vec<Damage>,
 }
 
@@ -236,10 +240,12 @@ impl Pool {
         for folder in ["keys", "sequence", "packs", "index"] {
             world.files.make_folder(folder).map_err(|source| io(folder, "create", source))?;
         }
-        for (recipient, kind) in [(&server_recipient, 1u16), (&read_back, 2)] {
-            let bytes = wrap_root(&world, recipient, kind, &root)?;
+        let keys = Keys::new(pool, root);
+        let all = [(&server_recipient, RecipientKind::Server), (&read_back, RecipientKind::Kit)];
+        for (recipient, kind) in all {
+            let bytes = wrap_root(&world, recipient, kind, &keys)?;
             world.publish(&key_name(recipient.id), &bytes)?;
-            unwrap_root(&world, recipient)?;
+            recipients::open(&world, recipient)?;
         }
         let created = world.clock.now_micros();
         let header = payload::Header {
@@ -274,9 +280,9 @@ impl Pool {
             return Err(PoolError::OtherPool { expected: recipient.pool, found: header.id });
         }
         let mut notes: Vec<Damage> = header_damage.into_iter().collect();
-        let (root, key_damage) = unwrap_root(&world, recipient)?;
-        notes.extend(key_damage);
-        let keys = Keys::new(header.id, root);
+        let opened = recipients::open(&world, recipient)?;
+        notes.extend(opened.damage);
+        let keys = opened.keys;
 
         let lock = match &access {
             Access::Read => None,
@@ -323,7 +329,15 @@ impl Pool {
                 break;
             }
         }
+        keys.seal_under(state.generation);
         if lock.is_some() {
+            // Whoever was removed, or lacks a ring, must not go on with the older root.
+            if let Some((record, generation)) =
+                state.unreadable.iter().find_map(|record| Some((record, record.generation?)))
+            {
+                keys.root(generation)
+                    .map_err(|error| PoolError::KeyWrong { reason: format!("{}: {error}", record.path) })?;
+            }
             if let Some((record, needs)) =
                 state.unreadable.iter().find_map(|record| Some((record, record.needs?)))
             {
@@ -339,6 +353,9 @@ impl Pool {
                 world.files.sync_folder(&folder).map_err(|source| io(&folder, "sync", source))?;
             }
         }
+        let counts = |generation: &u16| state.rings.contains_key(generation) || !state.unreadable.is_empty();
+        let rings = opened.rings.into_iter().filter(|(generation, _)| counts(generation));
+        notes.extend(rings.flat_map(|(_, damage)| damage));
         notes.extend(bundle_damage);
         notes.extend(record_damage(&state));
         let reader = PackReader::new(world.files.clone(), keys.clone());
@@ -363,6 +380,8 @@ impl Pool {
             room: if is_writer { Room::default() } else { Room(usize::MAX) },
             domains: Mutex::new(HashMap::new()),
             tables: Mutex::new(Tables::default()),
+            recipient: recipient.id,
+            recipients: Mutex::new(()),
             notes,
             world,
         };
@@ -472,7 +491,12 @@ impl Pool {
         let (record, tip) = {
             let state = self.state();
             let Some(record) = decide(&state)? else { return Ok(None) };
-            (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch })
+            // A rotation is sealed under the root that it brings: the newest one.
+            let generation = match kind {
+                Kind::Rotation => self.keys.newest(),
+                _ => state.generation,
+            };
+            (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch, generation })
         };
         let time = self.world.clock.now_micros();
         let appended = writer.appender.append(tip, time, kind, &*record).map_err(|failed| {
@@ -484,6 +508,8 @@ impl Pool {
         let number = appended.tip.head;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         (state.head, state.head_hash) = (number, appended.tip.hash);
+        state.generation = state.generation.max(appended.tip.generation);
+        self.keys.seal_under(state.generation);
         state.apply(number, appended.tip.epoch, time, kind as u16, &appended.payload).map_err(|reason| {
             writer.broken.get_or_insert(reason.clone());
             PoolError::Misuse(format!("{}: {reason}", self.world.path(&crate::format::record::name(number))))
@@ -511,6 +537,15 @@ impl Pool {
             }
             // A full disk, say: it is tried again later, and the records themselves are there.
             Err(_) => writer.bundle_after = head + bundle::BUNDLE_RECORDS,
+        }
+    }
+
+    /// Bundles of an older key generation are not believed; new ones begin at the first record.
+    pub(crate) fn forget_bundles(&self) {
+        if let Some(writer) = &self.writer {
+            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.bundles.clear();
+            writer.bundle_after = 0;
         }
     }
 
@@ -1109,86 +1144,4 @@ fn twin_damage(path: String, damage: &crate::format::FormatError) -> Damage {
         crate::format::FormatError::TooNew(version) => (0, format!("one copy needs version {version}")),
     };
     Damage::File { path, offset, reason: format!("{reason}; the other copy serves"), derived: false }
-}
-
-/// Bytes of the key file that wraps `root` for `recipient`.
-pub(crate) fn wrap_root(
-    world: &World,
-    recipient: &Recipient,
-    kind: u16,
-    root: &Secret,
-) -> Result<Vec<u8>, PoolError> {
-    let mut nonce = [0u8; 12];
-    let name = key_name(recipient.id);
-    world
-        .randomness
-        .fill(&mut nonce)
-        .map_err(|source| PoolError::io(world.path(&name), "draw random bytes for", source))?;
-    let mut content = Vec::with_capacity(100);
-    content.extend_from_slice(&recipient.pool.0);
-    content.extend_from_slice(&recipient.id.0);
-    content.extend_from_slice(&kind.to_le_bytes());
-    content.extend_from_slice(&[0; 6]);
-    let mut sealed = root.expose().to_vec();
-    wrap_key(&recipient.secret, recipient.pool)?.seal(nonce, &content, &mut sealed)?;
-    content.extend_from_slice(&nonce);
-    content.extend_from_slice(&sealed);
-    Ok(twin::encode(twin::KEY, &content))
-}
-
-/// The root key, by a recipient's secret, and what is wrong with one copy of the key file.
-pub(crate) fn unwrap_root(
-    world: &World,
-    recipient: &Recipient,
-) -> Result<(Secret, Option<Damage>), PoolError> {
-    let name = key_name(recipient.id);
-    let path = world.path(&name);
-    let bytes = world.files.read(&name, twin::MAX_BYTES).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => {
-            PoolError::KeyMissing { path: path.clone(), recipient: recipient.id.to_string() }
-        }
-        _ => PoolError::io(path.clone(), "read", source),
-    })?;
-    let twin = twin::decode(twin::KEY, &bytes).map_err(|error| error.in_file(path.clone()))?;
-    let wrong = |reason: &str| PoolError::KeyWrong { reason: format!("{path}: {reason}") };
-    if twin.content.len() != 100 {
-        return Err(wrong("the key file has an unexpected length"));
-    }
-    let (about, rest) = twin.content.split_at(40);
-    let (nonce, sealed) = rest.split_at(12);
-    if about[..16] != recipient.pool.0 || about[16..32] != recipient.id.0 {
-        return Err(wrong("the key file belongs to another pool or recipient"));
-    }
-    let mut sealed = sealed.to_vec();
-    let nonce: [u8; 12] = nonce.try_into().map_err(|_| wrong("no nonce"))?;
-    let root = wrap_key(&recipient.secret, recipient.pool)?
-        .open(nonce, about, &mut sealed)
-        .and_then(|root| <[u8; 32]>::try_from(&*root).ok())
-        .ok_or_else(|| wrong("the secret does not open it"))?;
-    Ok((Secret::from_bytes(root), twin.damage.map(|damage| twin_damage(path.clone(), &damage))))
-}
-
-impl Pool {
-    /// Whether a recipient's secret opens this pool.
-    pub fn prove(&self, recipient: &Recipient) -> Result<(), PoolError> {
-        unwrap_root(&self.world, recipient).map(drop)
-    }
-
-    /// Adds a recipient: a further recovery kit. `keep_kit` as in [`Pool::create`].
-    pub fn add_kit(
-        &self,
-        keep_kit: &mut dyn FnMut(&Recipient) -> Result<Recipient, PoolError>,
-    ) -> Result<RecipientId, PoolError> {
-        if !self.is_writable() {
-            return Err(PoolError::ReadOnly);
-        }
-        let secret = Secret::random(&*self.world.randomness)
-            .map_err(|source| PoolError::io(self.path(), "draw random bytes for", source))?;
-        let kit = Recipient { pool: self.id(), id: RecipientId(self.world.random_id()?), secret };
-        let bytes = wrap_root(&self.world, &kit, 2, self.keys.root())?;
-        self.world.publish(&key_name(kit.id), &bytes)?;
-        let read_back = keep_kit(&kit)?;
-        unwrap_root(&self.world, &read_back)?;
-        Ok(kit.id)
-    }
 }

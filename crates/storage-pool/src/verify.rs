@@ -13,14 +13,15 @@ use model::{BLOCK_BYTES, ByteRange, RecoveryPointId, Timestamp};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
+use crate::format::key::KeyFile;
 use crate::format::pack::{self, FrameHeader, PackKind};
 use crate::format::payload::{self, Kind};
+use crate::format::ring::{self, Ring};
 use crate::format::twin;
 use crate::frame::{self, Decoder};
 use crate::in_order::in_order;
 use crate::index::PackInfo;
 use crate::keys::frame_nonce;
-use crate::kit::RecipientId;
 use crate::map::{MapReader, MapRoot, NodeSource};
 use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
@@ -364,14 +365,28 @@ impl Pool {
         });
         let entries =
             files.list("keys").map_err(|source| PoolError::io(files.display("keys"), "list", source))?;
+        let rings = self.state().rings.clone();
         for entry in entries {
             let name = format!("keys/{}", entry.name);
-            check(&name, twin::KEY, &|content| {
-                let id = content.get(16..32).and_then(|id| <[u8; 16]>::try_from(id).ok());
-                content.len() == 100
-                    && content[..16] == self.id().0
-                    && id.is_some_and(|id| key_name(RecipientId(id)) == name)
-            });
+            match ring::generation(&entry.name) {
+                Some(generation) => check(&name, twin::RING, &|content| {
+                    let is_ours = Ring::decode(content)
+                        .is_ok_and(|ring| ring.pool == self.id() && ring.generation == generation);
+                    let stated = rings.get(&generation);
+                    is_ours
+                        && stated.is_none_or(|stated| {
+                            stated.as_slice() == blake3::hash(content).as_bytes().as_slice()
+                        })
+                }),
+                None => check(&name, twin::KEY, &|content| {
+                    KeyFile::decode(content).is_ok_and(|file| {
+                        // A generation that this recipient does not reach is another's business.
+                        let proved =
+                            !self.keys.knows(file.generation) || self.is_proved(&file).unwrap_or(false);
+                        proved && file.pool == self.id() && key_name(file.recipient) == name
+                    })
+                }),
+            }
         }
         Ok(())
     }
@@ -419,8 +434,12 @@ impl Pool {
             let place = Location { pack: id, at: location };
             places.entry(place.frame()).or_default().push((chunk, place));
         };
+        let mut generation = None;
         match packs::read_table(files, &self.keys, id) {
-            Ok(table) => table.table.iter().for_each(|entry| add(entry.id, entry.location)),
+            Ok(table) => {
+                generation = Some(table.header.generation);
+                table.table.iter().for_each(|entry| add(entry.id, entry.location));
+            }
             Err(_) => {
                 let known = self.for_each_chunk(Vec::new, |known, chunk, place| {
                     if place.pack == id {
@@ -431,7 +450,14 @@ impl Pool {
             }
         }
         let keys = self.domain_keys(domain);
-        let seal = keys.pack(id)?;
+        let seal = match generation {
+            Some(generation) => keys.pack(generation, id)?,
+            // Its header may be what is damaged; a pack that cannot be read at all is damage like any other.
+            None => self
+                .reader
+                .seal_key(id, domain)
+                .or_else(|_| keys.pack(self.keys.generation(), id))?,
+        };
         let chunk_kind = match kind {
             PackKind::Blocks => ChunkKind::Block,
             PackKind::Nodes => ChunkKind::Node,

@@ -129,6 +129,12 @@ impl Service for Fake {
     fn acknowledge_alert(&self, _: &Caller, _: u64) -> Result<Alert, Problem> {
         nothing()
     }
+    fn recipients(&self) -> Result<Vec<Recipient>, Problem> {
+        Ok(Vec::new())
+    }
+    fn rotate_keys(&self, _: &Caller, revoked: Option<&str>) -> Result<KeyGeneration, Problem> {
+        Ok(KeyGeneration { generation: 1, revoked: revoked.map(str::to_owned), recipients: 2 })
+    }
     fn write_kit(&self, _: &Caller, request: &KitFile) -> Result<KitReport, Problem> {
         Ok(KitReport { path: request.path.clone().unwrap_or_default(), pool: PoolId([1; 16]), proved: true })
     }

@@ -4,10 +4,12 @@
 
 pub mod ballast;
 pub mod bundle;
+pub mod key;
 pub mod node;
 pub mod pack;
 pub mod payload;
 pub mod record;
+pub mod ring;
 pub mod run;
 pub mod twin;
 

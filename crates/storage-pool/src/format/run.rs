@@ -150,6 +150,12 @@ pub struct RunEnds {
     raw_header: [u8; HEADER],
 }
 
+/// Key generation of the run with this header, of which nothing is proved yet.
+pub fn generation(header: &[u8; HEADER]) -> Result<u16, FormatError> {
+    check_head(header, MAGIC)?;
+    u16_at(header, 12)
+}
+
 impl RunEnds {
     /// Header and trailer of a file of `length` bytes, under the run's key.
     pub fn decode(
@@ -168,7 +174,7 @@ impl RunEnds {
         if short(hasher.finalize()) != trailer[80..] {
             return Err(FormatError::at(at, "header and trailer of the run do not fit their hash"));
         }
-        if header[12..16] != [0; 4] || header[40..] != [0; 24] || trailer[36..48] != [0; 12] {
+        if header[14..16] != [0; 2] || header[40..] != [0; 24] || trailer[36..48] != [0; 12] {
             return Err(FormatError::at(12, "reserved bytes are not zero"));
         }
         let mut ends = RunEnds {
@@ -392,10 +398,11 @@ pub struct RunWriter {
 }
 
 impl RunWriter {
-    /// Begins run `number`.
-    pub fn new(key: [u8; 32], pool: PoolId, number: u64) -> RunWriter {
+    /// Begins run `number`; `key` is of key generation `generation`.
+    pub fn new(key: [u8; 32], generation: u16, pool: PoolId, number: u64) -> RunWriter {
         let mut header = [0u8; HEADER];
         header[..12].copy_from_slice(&head(MAGIC));
+        header[12..14].copy_from_slice(&generation.to_le_bytes());
         header[16..32].copy_from_slice(&pool.0);
         header[32..40].copy_from_slice(&number.to_le_bytes());
         RunWriter {

@@ -126,7 +126,9 @@ impl Build {
     fn write_as(&self, number: u64, name: &str) -> Result<(), Unpublished> {
         let failed = |source| Unpublished::Failed(PoolError::io(self.files.display(name), "write", source));
         let mut file = self.files.create(name).map_err(failed)?;
-        let mut writer = RunWriter::new(self.keys.run(number), self.keys.pool(), number);
+        let generation = self.keys.generation();
+        let key = self.keys.run(generation, number).map_err(Unpublished::Failed)?;
+        let mut writer = RunWriter::new(key, generation, self.keys.pool(), number);
         let mut sources: Vec<Source<'_>> = self
             .runs
             .iter()

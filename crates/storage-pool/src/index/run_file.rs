@@ -37,7 +37,6 @@ pub(super) struct Ends {
 impl Ends {
     /// Reads 160 bytes of run `number`.
     pub fn read(files: &dyn Files, keys: &Keys, number: u64) -> Result<Ends, PoolError> {
-        let key = keys.run(number);
         let name = run::name(number);
         let path = files.display(&name);
         let io = |source| PoolError::io(path.clone(), "read", source);
@@ -51,6 +50,8 @@ impl Ends {
         let mut trailer = [0u8; TRAILER];
         file.read_exact_at(0, &mut header).map_err(io)?;
         file.read_exact_at(at, &mut trailer).map_err(io)?;
+        let generation = run::generation(&header).map_err(format)?;
+        let key = keys.run(generation, number)?;
         let ends = RunEnds::decode(&key, &header, &trailer, length).map_err(format)?;
         if ends.pool != keys.pool() || ends.number != number {
             return Err(format(FormatError::at(16, format!("is run {} of pool {}", ends.number, ends.pool))));

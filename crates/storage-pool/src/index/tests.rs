@@ -26,6 +26,7 @@ fn pack_id(n: u32) -> PackId {
 /// A pack of the chunks `from..to`, of which only the table exists.
 fn table(n: u32, chunks: std::ops::Range<u64>) -> FinishedPack {
     let header = PackHeader {
+        generation: 0,
         kind: PackKind::Blocks,
         pool: PoolId([7; 16]),
         domain: DomainId([2; 16]),

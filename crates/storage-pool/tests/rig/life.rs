@@ -466,6 +466,20 @@ impl Life {
                     Err(error) => Err(error),
                 }
             }
+            22 => {
+                let mut id = None;
+                pool.add_kit(&mut |kit| {
+                    id = Some(kit.id);
+                    Ok(kit.clone())
+                })?;
+                // Half of the rotations remove a kit.
+                let removed: Vec<_> = id.into_iter().filter(|_| self.below(2) == 0).collect();
+                match pool.rotate_keys(&removed) {
+                    Ok(generation) => Ok(format!("key generation {generation}, without {removed:?}")),
+                    Err(error @ PoolError::Stopped { .. }) => Ok(format!("rotation: {error}")),
+                    Err(error) => Err(error),
+                }
+            }
             21 => pool.tidy(&self.rig.deletion()).map(|asked| format!("tidied {asked}")),
             _ => {
                 let hours = 1 + self.below(72);
