@@ -220,6 +220,30 @@ def sealed(key, nonce, data, additional, what):
         raise Damage(f"{what}: the seal does not fit") from None
 
 
+P25519 = 2 ** 255 - 19
+X25519_BASE = bytes([9]) + bytes(31)
+
+
+def x25519(secret, point):
+    """RFC 7748."""
+    scalar = int.from_bytes(secret, "little") & ~7 & ~(1 << 255) | (1 << 254)
+    u = int.from_bytes(point, "little") & ((1 << 255) - 1)
+    x2, z2, x3, z3, swapped = 1, 0, u, 1, 0
+    for bit in range(254, -1, -1):
+        set_ = scalar >> bit & 1
+        if swapped ^ set_:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        swapped = set_
+        a, b, c, d = x2 + z2, x2 - z2, x3 + z3, x3 - z3
+        da, cb = d * a, c * b
+        x3, z3 = (da + cb) ** 2 % P25519, u * (da - cb) ** 2 % P25519
+        aa, bb = a * a % P25519, b * b % P25519
+        x2, z2 = aa * bb % P25519, (aa - bb) * (aa + 121665 * (aa - bb)) % P25519
+    if swapped:
+        x2, z2 = x3, z3
+    return (x2 * pow(z2, P25519 - 2, P25519) % P25519).to_bytes(32, "little")
+
+
 def need(holds, what):
     if not holds:
         raise Damage(what)
@@ -357,7 +381,7 @@ class Pool:
         self.id, recipient, secret = kit(kit_path)
         if not os.path.isfile(self.path("pool.stillpoint")) and not os.path.isdir(self.path("sequence")):
             raise Unusable(f"{folder} is no storage pool: it has no pool.stillpoint")
-        self.root = self.root_key(recipient, secret)
+        self.roots = self.root_keys(recipient, secret)
         self.settings = self.header()
         self.records = self.sequence()
         self.state()
@@ -380,11 +404,58 @@ class Pool:
             content = twin(path, b"STPKEY_1", self.report)
         except FileNotFoundError:
             raise Unusable(f"{path} is missing: the kit is not of this pool, or its recipient was removed") from None
-        need(len(content) == 100, f"{path}: content of {len(content)} bytes, expected 100")
+        need(len(content) == 148, f"{path}: content of {len(content)} bytes, expected 148")
         need(content[:16] == self.id, f"{path}: of pool {content[:16].hex()}, the kit is of {self.id.hex()}")
         need(content[16:32] == recipient, f"{path}: of another recipient")
+        need(content[36:40] == bytes(4), f"{path}: reserved bytes are not zero")
         wrap = self.derive("wrap key", secret, self.id)
-        return sealed(wrap, content[40:52], content[52:], content[:40], path)
+        generation = struct.unpack_from("<H", content, 34)[0]
+        root = sealed(wrap, content[40:52], content[52:100], content[:40], path)
+        public = x25519(self.derive("recipient key", secret, self.id), X25519_BASE)
+        need(content[100:132] == public, f"{path}: another public key than follows from the secret")
+        proof = self.derive("recipient proof key", root, self.id)
+        need(blake3_keyed(proof, content[:132])[:16] == content[132:], f"{path}: its proof does not fit")
+        return generation, root
+
+    def root_keys(self, recipient, secret):
+        """Generation -> root key: the key file, then every ring (section 3.4)."""
+        generation, root = self.root_key(recipient, secret)
+        roots = {generation: root}
+        own = self.derive("recipient key", secret, self.id)
+        for name in sorted(os.listdir(self.path("keys"))):
+            found = re.fullmatch(r"([0-9a-f]{4})(-again)?\.ring", name)
+            if not found:
+                continue
+            try:
+                self.ring(self.path("keys", name), int(found[1], 16), recipient, own, roots)
+            except (Damage, OSError) as damage:
+                self.report(str(damage))
+        if 0 not in roots:
+            raise Unusable("the root key of generation 0 cannot be reached: its rings are missing or damaged")
+        return roots
+
+    def ring(self, path, number, recipient, own, roots):
+        content = twin(path, b"STPRING1", self.report)
+        need(len(content) >= 48, f"{path}: {len(content)} bytes of content")
+        pool, generation, entries, length = struct.unpack_from("<16sHHH", content)
+        need(pool == self.id and generation == number, f"{path}: ring {generation} of pool {pool.hex()}")
+        need(len(content) == 48 + length + 136 * entries, f"{path}: {len(content)} bytes of content")
+        for i in range(entries):
+            entry = content[48 + length + 136 * i:][:136]
+            if entry[:16] == recipient and generation not in roots:
+                public, once = entry[24:56], entry[56:88]
+                wrap = self.derive("ring wrap key", x25519(own, once), once, public, self.id,
+                                   struct.pack("<H", generation))
+                roots[generation] = sealed(wrap, bytes(12), entry[88:], entry[:88], path)
+        if generation in roots:
+            key = self.derive("ring key", roots[generation], self.id, content[32:48])
+            older = sealed(key, bytes(12), content[48:48 + length], content[:48], path)
+            for i in range(0, len(older), 34):
+                roots.setdefault(struct.unpack_from("<H", older, i)[0], older[i + 2:i + 34])
+
+    def root(self, generation, where):
+        need(generation in self.roots, f"{where}: sealed under key generation {generation}, which this kit does not open")
+        return self.roots[generation]
 
     def header(self):
         """Section 4. Nothing in it is needed to restore, so damage of it is told and not more."""
@@ -406,14 +477,14 @@ class Pool:
         need(file[:8] == b"STPRECRD", f"{where}: no record's magic")
         need(blake3(file[:-32]) == file[-32:], f"{where}: its hash does not fit")
         versions(file[8:12], where)
-        kind, reserved, pool, found, epoch, time, previous, salt, length, zero = struct.unpack_from(
+        kind, generation, pool, found, epoch, time, previous, salt, length, zero = struct.unpack_from(
             "<HH16sQQQ32s16sII", file, 12)
-        need(reserved == 0 and zero == 0, f"{where}: reserved bytes are not zero")
+        need(zero == 0, f"{where}: reserved bytes are not zero")
         need(pool == self.id, f"{where}: of pool {pool.hex()}")
         need(found == number, f"{where}: holds record {found}")
         need(len(file) == 112 + length + 32, f"{where}: {len(file)} bytes, expected {144 + length}")
         need(kind in PAYLOADS, f"{where}: kind {kind} is unknown")
-        key = self.derive("record key", self.root, self.id, salt)
+        key = self.derive("record key", self.root(generation, where), self.id, salt)
         payload = sealed(key, bytes(12), file[112:-32], file[:112], where)
         return Record(number, epoch, time, kind, fields(payload, where), file, previous)
 
@@ -521,15 +592,14 @@ class Pool:
                 for chunk, location in pack.table:
                     self.chunks[pack.domain, pack.kind, chunk].append(Place(pack, location))
 
-    def domain(self, domain):
-        """Id key and data key."""
+    def id_key(self, domain):
+        """Of generation 0 for ever."""
         if domain not in self.domain_keys:
-            material = (self.root, self.id, domain)
-            self.domain_keys[domain] = (self.derive("id key", *material), self.derive("data key", *material))
+            self.domain_keys[domain] = self.derive("id key", self.roots[0], self.id, domain)
         return self.domain_keys[domain]
 
     def chunk_id(self, domain, kind, content):
-        return blake3_keyed(self.domain(domain)[0], bytes([kind]) + blake3(content))[:16]
+        return blake3_keyed(self.id_key(domain), bytes([kind]) + blake3(content))[:16]
 
     def chunk(self, domain, kind, chunk):
         """The content of a chunk, from the first place where it is right."""
@@ -602,13 +672,14 @@ class Pack:
         with open(path, "rb") as file:
             self.header = file.read(64)
         need(len(self.header) == 64, f"{path}: {len(self.header)} bytes are no pack")
-        magic, two, self.kind, reserved, owner, self.domain, named = struct.unpack("<8s4sHH16s16s16s", self.header)
+        magic, two, self.kind, generation, owner, self.domain, named = struct.unpack("<8s4sHH16s16s16s", self.header)
         need(magic == b"STPPACK1", f"{path}: no pack's magic")
         versions(two, path)
-        need(self.kind in (1, 2) and reserved == 0, f"{path}: kind {self.kind}")
+        need(self.kind in (1, 2), f"{path}: kind {self.kind}")
         need(owner == pool.id, f"{path}: of pool {owner.hex()}")
         need(named == pack, f"{path}: holds pack {named.hex()}")
-        self.key = pool.derive("pack key", pool.domain(self.domain)[1], pool.id, pack)
+        data = pool.derive("data key", pool.root(generation, path), pool.id, self.domain)
+        self.key = pool.derive("pack key", data, pool.id, pack)
 
     def read(self, offset, length):
         with open(self.path, "rb") as file:
@@ -703,11 +774,11 @@ class Run:
     def __init__(self, pool, path, number):
         self.path, self.number = path, number
         data = read_file(path)
-        key = pool.derive("run key", pool.root, pool.id, struct.pack("<Q", number))
         need(len(data) >= 160, f"{path}: {len(data)} bytes are no run")
         header, trailer = data[:64], data[-96:]
-        magic, two, reserved, owner, found, rest = struct.unpack("<8s4s4s16sQ24s", header)
-        need(magic == b"STPRUN_1" and reserved == bytes(4) and rest == bytes(24), f"{path}: no run's header")
+        magic, two, generation, reserved, owner, found, rest = struct.unpack("<8s4sH2s16sQ24s", header)
+        key = pool.derive("run key", pool.root(generation, path), pool.id, struct.pack("<Q", number))
+        need(magic == b"STPRUN_1" and reserved == bytes(2) and rest == bytes(24), f"{path}: no run's header")
         versions(two, path)
         need(owner == pool.id and found == number, f"{path}: of pool {owner.hex()}, number {found}")
         magic, entries, packs, superseded, pages, self.record, rest, tail_hash, own = struct.unpack(
@@ -802,13 +873,13 @@ def check_runs(pool):
 def check_bundle(pool, path, first, last):
     data = read_file(path)
     need(len(data) >= 120, f"{path}: {len(data)} bytes are no bundle")
-    magic, two, reserved, owner, low, high, salt, length = struct.unpack_from("<8s4s4s16sQQ16sQ", data)
-    need(magic == b"STPBUNDL" and reserved == bytes(4), f"{path}: no bundle's header")
+    magic, two, generation, reserved, owner, low, high, salt, length = struct.unpack_from("<8s4sH2s16sQQ16sQ", data)
+    need(magic == b"STPBUNDL" and reserved == bytes(2), f"{path}: no bundle's header")
     versions(two, path)
     need((owner, low, high) == (pool.id, first, last), f"{path}: of pool {owner.hex()}, records {low} to {high}")
     need(len(data) == 72 + length + 32, f"{path}: {len(data)} bytes, expected {104 + length}")
     need(blake3(data[:-32]) == data[-32:], f"{path}: its hash does not fit")
-    key = pool.derive("bundle key", pool.root, pool.id, salt)
+    key = pool.derive("bundle key", pool.root(generation, path), pool.id, salt)
     content = sealed(key, bytes(12), data[72:-32], data[:72], path)
     records = {record.number: record for record in pool.records}
     at = 0
@@ -829,7 +900,7 @@ def check_bundle(pool, path, first, last):
 # ---- Commands ----------------------------------------------------------------------------------------------------------
 
 # Section 5's kinds: those that this reader knows to be records of version 1.
-PAYLOADS = frozenset(range(1, 16))
+PAYLOADS = frozenset(range(1, 17))
 
 
 def points(pool, _options):
