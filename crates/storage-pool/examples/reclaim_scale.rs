@@ -39,7 +39,7 @@ fn chunk(n: u64) -> ChunkId {
 
 fn table(pool: PoolId, domain: DomainId, n: u64, chunks: std::ops::Range<u64>) -> FinishedPack {
     let id = PackId((u128::from(mix(n ^ 0x5555)) << 64 | u128::from(n)).to_be_bytes());
-    let header = PackHeader { kind: PackKind::Blocks, pool, domain, pack: id };
+    let header = PackHeader { kind: PackKind::Blocks, generation: 0, pool, domain, pack: id };
     let place = |at: u64| Location::new(id, 64 + at as u32 / 4 * (64 << 10), (at % 4) as usize).at;
     let entry = |(at, n)| TableEntry { id: chunk(n), location: place(at) };
     FinishedPack { header, length: 0, table: (0..).zip(chunks).map(entry).collect() }

@@ -49,8 +49,6 @@ impl Span {
 /// What the bundles of a pool gave.
 #[derive(Default)]
 pub(crate) struct Bundles {
-    /// The oldest key generation that one of them is sealed under.
-    pub oldest: Option<u16>,
     /// State after the last record that they cover.
     pub state: State,
     /// Hash of that record's file.
@@ -91,7 +89,9 @@ pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, 
     let outer = spans.iter().filter(|span| !spans.iter().any(|other| other.holds(**span)));
     for outer in outer {
         let inside: Vec<&Span> = spans.iter().filter(|span| outer.holds(**span)).collect();
-        if !inside.is_empty() && open(files, keys, *outer).is_ok() {
+        let is_believed =
+            || open_with_generation(files, keys, *outer).is_ok_and(|(_, found)| found == keys.newest());
+        if !inside.is_empty() && is_believed() {
             needless.extend(inside.into_iter().map(|span| span.name()));
         }
     }
@@ -127,6 +127,9 @@ fn open_with_generation(files: &dyn Files, keys: &Keys, span: Span) -> Result<(V
 }
 
 /// State from the bundles alone. Damage is no error: what bundles do not give is read from the records.
+///
+/// Believed is only what is sealed under the newest generation that can be reached: a recipient that was removed could still
+/// make a bundle of an older one that leaves its removal out.
 pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError> {
     let all = list(files)?;
     let mut found = Bundles::default();
@@ -137,13 +140,13 @@ pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError>
         let mut taken = false;
         for span in candidates {
             match apply(files, keys, span, &found.state) {
-                Ok((state, hash, generation)) => {
+                Ok(Some((state, hash))) => {
                     (found.state, found.hash) = (state, hash);
-                    found.oldest = Some(found.oldest.unwrap_or(generation).min(generation));
                     found.spans.push(span);
                     taken = true;
                     break;
                 }
+                Ok(None) => {}
                 // The deletion service removed it after the listing: a longer one is there.
                 Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => found.damage.push(Damage::File {
@@ -197,10 +200,6 @@ pub(crate) fn load_bundled(
     let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
     let start = sequence::Start { state, before };
     let (state, copies) = sequence::fold(files, keys, &after, &BTreeMap::new(), start);
-    // A recipient that was removed could still make a bundle of an older generation; the records say what is right.
-    if bundles.oldest.is_some_and(|oldest| oldest < state.generation) {
-        return Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage));
-    }
     if copies.is_empty() || state.unreadable.is_empty() {
         return Ok((state, bundles.spans, bundles.damage));
     }
@@ -208,13 +207,17 @@ pub(crate) fn load_bundled(
     Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage))
 }
 
+/// State after a bundle, and the hash of its last record's file; none if it is of another generation than the newest.
 fn apply(
     files: &dyn Files,
     keys: &Keys,
     span: Span,
     before: &State,
-) -> Result<(State, [u8; 32], u16), PoolError> {
+) -> Result<Option<(State, [u8; 32])>, PoolError> {
     let (content, generation) = open_with_generation(files, keys, span)?;
+    if generation != keys.newest() {
+        return Ok(None);
+    }
     let mut state = before.clone();
     let mut number = span.first;
     let (_, hash) = bundle::records(&content, span.count(), |record| {
@@ -226,7 +229,7 @@ fn apply(
     })
     .map_err(|error| error.in_file(files.display(&span.name())))?;
     (state.head, state.head_hash) = (span.last, hash);
-    Ok((state, hash, generation))
+    Ok(Some((state, hash)))
 }
 
 /// Damage of every bundle that is there, also of those that a longer one has made needless.
@@ -261,7 +264,9 @@ pub(crate) fn extend(
     head: u64,
 ) -> Result<Option<Vec<Span>>, Unpublished> {
     let covered = spans.last().map_or(0, |span| span.last);
-    if head.saturating_sub(covered) < BUNDLE_RECORDS {
+    let generation = keys.generation();
+    // Beside the ring of a rotation that was cut off nobody would believe it.
+    if head.saturating_sub(covered) < BUNDLE_RECORDS || generation != keys.newest() {
         return Ok(None);
     }
     let mut content = Vec::new();
@@ -308,15 +313,18 @@ pub(crate) fn extend(
     randomness
         .fill(&mut salt)
         .map_err(|source| failed(PoolError::io(path(), "draw random bytes for", source)))?;
-    let generation = keys.generation();
     let header = BundleHeader { generation, pool: keys.pool(), first: span.first, last: span.last, salt };
     let raw = header.encode(content.len() + crate::keys::TAG);
     keys.bundle(generation, &salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
     match sequence::publish(files, &span.name(), &bundle::encode(&raw, &content)) {
         Ok(()) => {}
-        // A process that was killed right after it wrote the same.
-        Err(Unpublished::Taken) if open(files, keys, span).is_ok() => {}
-        Err(Unpublished::Taken) => return Ok(None),
+        Err(Unpublished::Taken) => match open_with_generation(files, keys, span) {
+            // A process that was killed right after it wrote the same.
+            Ok((_, found)) if found == generation => {}
+            // One of before a rotation has the name.
+            Ok(_) => return extend(files, keys, randomness, spans, span.last - 1),
+            Err(_) => return Ok(None),
+        },
         Err(other) => return Err(other),
     }
     kept.push(span);

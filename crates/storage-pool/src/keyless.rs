@@ -15,9 +15,11 @@ use prost::Message;
 use crate::chunk::PackId;
 use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
+use crate::format::key::KeyFile;
+use crate::format::ring::{self, Ring};
 use crate::format::{FormatError, bundle, pack, payload, record, twin};
 use crate::in_order::in_order;
-use crate::pool::HEADER_NAME;
+use crate::pool::{HEADER_NAME, key_name};
 use crate::verify::{VerifyOptions, VerifyProgress};
 
 /// What a look without keys found.
@@ -125,13 +127,26 @@ impl Look<'_> {
 
     fn keys(&mut self) -> Result<(), PoolError> {
         for name in self.names("keys")? {
+            let generation = ring::generation(&name);
             let name = format!("keys/{name}");
             let Some(bytes) = self.bytes(&name, twin::MAX_BYTES) else { continue };
-            match twin::decode(twin::KEY, &bytes) {
+            let magic = if generation.is_some() { twin::RING } else { twin::KEY };
+            match twin::decode(magic, &bytes) {
                 Err(error) => self.add(&name, error),
                 Ok(twin) => {
-                    if twin.content.get(..16) != Some(&self.report.pool.0[..]) {
-                        self.add(&name, FormatError::at(16, "belongs to another pool"));
+                    let of = match generation {
+                        None => KeyFile::decode(&twin.content)
+                            .map(|file| file.pool == self.report.pool && key_name(file.recipient) == name),
+                        Some(generation) => Ring::decode(&twin.content)
+                            .map(|ring| ring.pool == self.report.pool && ring.generation == generation),
+                    };
+                    match of {
+                        Ok(true) => {}
+                        Ok(false) => {
+                            let reason = "belongs to another pool, recipient or key generation";
+                            self.add(&name, FormatError::at(16, reason));
+                        }
+                        Err(error) => self.add(&name, error),
                     }
                     if let Some(error) = twin.damage {
                         self.add(&name, error);

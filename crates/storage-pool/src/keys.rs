@@ -195,10 +195,17 @@ impl Keys {
         self.generation.store(generation, Ordering::SeqCst);
     }
 
-    /// The newest generation that can be reached.
+    /// The newest generation that can be reached; the one that records are sealed under, or a later one of which a cut left
+    /// only the ring.
     pub(crate) fn newest(&self) -> u16 {
         let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
         roots.last_key_value().map_or(0, |(generation, _)| *generation)
+    }
+
+    /// The newest generation below `generation` that can be reached.
+    pub(crate) fn newest_below(&self, generation: u16) -> Option<u16> {
+        let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+        roots.range(..generation).next_back().map(|(generation, _)| *generation)
     }
 
     /// Every generation that can be reached.
@@ -246,6 +253,11 @@ impl Keys {
     /// Key of the proof that a key file was made by somebody who had the root.
     pub fn proof(&self, generation: u16) -> Result<[u8; 32], PoolError> {
         self.derived("stillpoint pool v1 recipient proof key", generation, &[])
+    }
+
+    /// Key of the proof that the ring of a later generation was made by somebody who had this root.
+    pub fn ring_proof(&self, generation: u16) -> Result<[u8; 32], PoolError> {
+        self.derived("stillpoint pool v1 ring proof key", generation, &[])
     }
 
     /// Key of the hashes of run `number`.

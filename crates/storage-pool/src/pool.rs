@@ -164,9 +164,12 @@ pub struct Pool {
     pub(crate) room: Room,
     domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
     tables: Mutex<Tables>,
-    /// By whom the pool was opened, and held by whoever changes who can.
-    pub(crate) recipient: RecipientId,
+    /// By whom the pool was opened.
+    pub(crate) recipient: Recipient,
+    /// Held by whoever changes who can open the pool.
     pub(crate) recipients: Mutex<()>,
+    /// Held by a rotation, and for a moment by an ingest that begins.
+    pub(crate) sealing: Mutex<()>,
     notes: Vec<Damage>,
 }
 
@@ -280,9 +283,9 @@ impl Pool {
             return Err(PoolError::OtherPool { expected: recipient.pool, found: header.id });
         }
         let mut notes: Vec<Damage> = header_damage.into_iter().collect();
-        let opened = recipients::open(&world, recipient)?;
-        notes.extend(opened.damage);
-        let keys = opened.keys;
+        let mut opened = recipients::open(&world, recipient)?;
+        notes.append(&mut opened.damage);
+        let keys = opened.keys.clone();
 
         let lock = match &access {
             Access::Read => None,
@@ -306,6 +309,18 @@ impl Pool {
         // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
         // writer went on between the two, the state is read again.
         let (mut state, mut bundles, mut bundle_damage) = bundle::load_bundled(&*world.files, &keys)?;
+        for _ in 0..LOOKS {
+            // A writer may have rotated the keys between the look at the rings and that at the records.
+            let newest = keys.newest();
+            if !state.unreadable.iter().any(|record| record.generation.is_some()) {
+                break;
+            }
+            opened.rings = recipients::look_again(&world, recipient, &keys)?;
+            if keys.newest() == newest {
+                break;
+            }
+            (state, bundles, bundle_damage) = bundle::load_bundled(&*world.files, &keys)?;
+        }
         let mut index = None;
         for _ in 0..LOOKS {
             let (witnessed, is_sound) = if lock.is_some() {
@@ -380,8 +395,9 @@ impl Pool {
             room: if is_writer { Room::default() } else { Room(usize::MAX) },
             domains: Mutex::new(HashMap::new()),
             tables: Mutex::new(Tables::default()),
-            recipient: recipient.id,
+            recipient: recipient.clone(),
             recipients: Mutex::new(()),
+            sealing: Mutex::new(()),
             notes,
             world,
         };
@@ -391,6 +407,11 @@ impl Pool {
             }
             if pool.state().server != server {
                 pool.append(Kind::Takeover, &payload::Takeover { server: server.to_vec(), name })?;
+            }
+            // The end of a rotation that was cut off after its record.
+            let is_last = |state: &State| state.rotated == state.head;
+            if is_last(&pool.state()) {
+                pool.tick()?;
             }
             // Chunks of a job that was killed, and of runs that were damaged, get an index again. A full disk does not
             // keep a pool from being opened: they are in memory.
@@ -453,7 +474,9 @@ impl Pool {
                     Ok(index) => return index.into(),
                     Err(error) => return Index::closed(self.world.files.clone(), &self.keys, error).into(),
                 };
-                // What is missing may have been removed by a reclaim after this pool was opened for reading.
+                // What is missing may have been removed by a reclaim after this pool was opened for reading, and what cannot
+                // be read may be sealed under a key generation that began since.
+                let _ = self.learn_rings();
                 match bundle::load_bundled(&*self.world.files, &self.keys) {
                     Ok((fresh, ..)) if fresh.head != head => {
                         (head, permitted) = (fresh.head, fresh.permitted)
@@ -485,17 +508,23 @@ impl Pool {
         kind: Kind,
         decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
     ) -> Result<Option<u64>, PoolError> {
+        self.append_under(kind, None, decide)
+    }
+
+    /// The same, sealed under a key generation that begins with it.
+    pub(crate) fn append_under<M: std::ops::Deref<Target: Message + Sized>>(
+        &self,
+        kind: Kind,
+        begins: Option<u16>,
+        decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
+    ) -> Result<Option<u64>, PoolError> {
         let mut writer = self.writer()?;
         self.bundle(&mut writer);
         self.is_trusted(&writer)?;
         let (record, tip) = {
             let state = self.state();
             let Some(record) = decide(&state)? else { return Ok(None) };
-            // A rotation is sealed under the root that it brings: the newest one.
-            let generation = match kind {
-                Kind::Rotation => self.keys.newest(),
-                _ => state.generation,
-            };
+            let generation = begins.unwrap_or(state.generation);
             (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch, generation })
         };
         let time = self.world.clock.now_micros();
@@ -600,7 +629,7 @@ impl Pool {
         })
     }
 
-    fn break_writer(&self, error: &PoolError) {
+    pub(crate) fn break_writer(&self, error: &PoolError) {
         if let Some(writer) = &self.writer {
             let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
             writer.broken.get_or_insert(error.to_string());
@@ -1007,6 +1036,7 @@ impl Pool {
     /// Every place of a chunk, in the index as it is now. A writer's own is; a reader opens it anew.
     fn look_again(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
         if !self.is_writable() {
+            self.learn_rings()?;
             let permitted = bundle::load_bundled(&*self.world.files, &self.keys)?.0.permitted;
             let gone = |pack| permitted.contains_key(&pack);
             let fresh = Index::open(self.world.files.clone(), &self.keys, &gone)?;

@@ -11,7 +11,7 @@
 //! Invariants
 //! - Ring files have no effect until the record of the rotation is there. (must)
 //! - A recipient that is not removed reaches every root after a rotation as before it. (must: INV-1)
-//! - What was removed reaches no root of a generation made since. (must)
+//! - What was removed reaches no root of a generation made since, and nothing that it makes with the older ones is believed. (must)
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -22,11 +22,15 @@ use model::PoolId;
 use crate::error::{Damage, PoolError};
 use crate::format::key::KeyFile;
 use crate::format::payload::{self, Kind};
-use crate::format::ring::{self, Ring, RingEntry};
+use crate::format::ring::{self, ENTRY, HEADER, OLDER, PROOF, Ring, RingEntry};
 use crate::format::twin;
 use crate::keys::{Keys, RecipientKey, Secret, wrap_key};
 use crate::kit::{Recipient, RecipientId};
 use crate::pool::{Pool, World, key_name};
+use crate::sequence::{self, Unpublished};
+
+/// Bytes of a copy in a twin file besides its content, with room for the tag of a ring's older roots.
+const TWIN_REST: usize = 48 + crate::keys::TAG;
 
 /// What a recipient is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -209,30 +213,9 @@ pub(crate) struct OpenedKeys {
 
 /// All roots that a recipient reaches, and damage met on the way.
 pub(crate) fn open(world: &World, recipient: &Recipient) -> Result<OpenedKeys, PoolError> {
-    let pool = recipient.pool;
     let (generation, root, key_damage) = unwrap_root(world, recipient)?;
-    let keys = Keys::of(pool, BTreeMap::from([(generation, root)]));
-    let damage: Vec<Damage> = key_damage.into_iter().collect();
-    let mut ring_damage = BTreeMap::new();
-    let rings = ring_generations(world)?;
-    if !rings.is_empty() {
-        let own = RecipientKey::of(&recipient.secret, pool)?;
-        for number in rings {
-            let (ring, damage) = read_ring(world, pool, number);
-            if !damage.is_empty() {
-                ring_damage.insert(number, damage);
-            }
-            let Some((ring, _)) = ring else { continue };
-            if !keys.knows(number)
-                && let Some(root) = root_for(&ring, recipient.id, &own)
-            {
-                keys.learn(number, root);
-            }
-            if keys.knows(number) {
-                older_roots(&ring, &keys)?;
-            }
-        }
-    }
+    let keys = Keys::of(recipient.pool, BTreeMap::from([(generation, root)]));
+    let rings = reach(world, recipient, generation, &keys)?;
     // Without the first root no chunk has a name.
     keys.root(0).map_err(|_| PoolError::KeyWrong {
         reason: format!(
@@ -240,7 +223,73 @@ pub(crate) fn open(world: &World, recipient: &Recipient) -> Result<OpenedKeys, P
             world.files.display(&ring::names(generation)[0])
         ),
     })?;
-    Ok(OpenedKeys { keys, damage, rings: ring_damage })
+    Ok(OpenedKeys { keys, damage: key_damage.into_iter().collect(), rings })
+}
+
+/// Learns what the rings that are there give a recipient whose key file has the root of `generation`. Returns damage, by
+/// generation.
+///
+/// A later ring is believed if it is proved by the newest root below it that is known: whoever was removed has an older one.
+fn reach(
+    world: &World,
+    recipient: &Recipient,
+    generation: u16,
+    keys: &Keys,
+) -> Result<BTreeMap<u16, Vec<Damage>>, PoolError> {
+    let mut damage = BTreeMap::new();
+    let rings = ring_generations(world)?;
+    if rings.is_empty() {
+        return Ok(damage);
+    }
+    let own = RecipientKey::of(&recipient.secret, recipient.pool)?;
+    for number in rings {
+        let (ring, mut wrong) = read_ring(world, recipient.pool, number);
+        if let Some((ring, _)) = ring
+            && number >= generation
+        {
+            if number > generation && !is_ring_proved(&ring, keys)? {
+                wrong.push(unproved(world, number));
+            } else {
+                if !keys.knows(number)
+                    && let Some(root) = root_for(&ring, recipient.id, &own)
+                {
+                    keys.learn(number, root);
+                }
+                if keys.knows(number) {
+                    older_roots(&ring, keys)?;
+                }
+            }
+        }
+        if !wrong.is_empty() {
+            damage.insert(number, wrong);
+        }
+    }
+    Ok(damage)
+}
+
+/// [`reach`] of a recipient whose pool is being opened.
+pub(crate) fn look_again(
+    world: &World,
+    recipient: &Recipient,
+    keys: &Keys,
+) -> Result<BTreeMap<u16, Vec<Damage>>, PoolError> {
+    let (generation, _, _) = unwrap_root(world, recipient)?;
+    reach(world, recipient, generation, keys)
+}
+
+/// Whether whoever made a ring had the newest root below it that is known.
+pub(crate) fn is_ring_proved(ring: &Ring, keys: &Keys) -> Result<bool, PoolError> {
+    let Some(newest) = keys.newest_below(ring.generation) else { return Ok(true) };
+    let Some((_, proof)) = ring.proofs.iter().find(|(generation, _)| *generation == newest) else {
+        return Ok(false);
+    };
+    Ok(ring.proof_of(&keys.ring_proof(newest)?) == *proof)
+}
+
+fn unproved(world: &World, number: u16) -> Damage {
+    let reason = "is not proved by the key generation before it: nobody who could open the storage pool made it";
+    let path = world.files.display(&ring::names(number)[0]);
+    Damage::File { path, offset: 0, reason: reason.to_owned(), derived: false }
 }
 
 /// The root that a ring has for a recipient; none if it was not let in.
@@ -314,7 +363,7 @@ impl Pool {
                 id,
                 kind: RecipientKind::of(kind)?,
                 is_removed: state.removed.contains(&id),
-                is_own: id == self.recipient,
+                is_own: id == self.recipient.id,
                 public,
             })
         };
@@ -330,7 +379,13 @@ impl Pool {
             let Some(id) = entry.name.strip_suffix(".key").and_then(|name| name.parse().ok()) else {
                 continue;
             };
-            let Ok((file, _)) = read_key_file(&self.world, id) else { continue };
+            let file = match read_key_file(&self.world, id) {
+                Ok((file, _)) => file,
+                // Neither of its copies opens the pool for anybody.
+                Err(PoolError::Damaged { .. } | PoolError::KeyMissing { .. }) => continue,
+                // Whoever it is may be able to read it, and must not be left out of a ring.
+                Err(error) => return Err(error),
+            };
             let is_proved = self.is_proved(&file)?;
             let counts = file.generation == state.generation || state.removed.contains(&id);
             if is_proved && counts && file.recipient == id {
@@ -368,12 +423,14 @@ impl Pool {
             return Err(PoolError::ReadOnly);
         }
         // No pack is begun under the older root and ended after the record.
-        let _pass = self.enter_reclaim().ok_or(PoolError::Busy { path: self.path() })?;
+        let _pass = self.enter_alone().ok_or(PoolError::Busy { path: self.path() })?;
         let _changing = self.recipients.lock().unwrap_or_else(PoisonError::into_inner);
         self.recheck_records()?;
         if let Some(record) = self.state().unreadable.first() {
             return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
         }
+        // What a rotation before this one left without its record is known to others, so a later ring must be proved by it too.
+        self.learn_rings()?;
         let mut wanted: Vec<KnownRecipient> =
             self.recipients()?.into_iter().filter(|known| !known.is_removed).collect();
         let refused = |id: &RecipientId, reason: &str| {
@@ -397,24 +454,56 @@ impl Pool {
             ring: hash.to_vec(),
             removed: removed.iter().flat_map(|id| id.0).collect(),
         };
-        self.append(Kind::Rotation, &record)?;
+        self.append_under(Kind::Rotation, Some(generation), |_| Ok(Some(&record)))?;
         self.forget_bundles();
+        // The rotation is done; a second record says so, in case that the first rots while it is the last one.
+        let _ = self.tick();
         Ok(generation)
     }
 
-    /// Makes a new root, and the ring that wraps it, durable and read back. A ring that a rotation before left without its record
-    /// is never used: whether its names last is not known (INV-5).
+    /// Learns the rings that came since this pool was opened.
+    pub(crate) fn learn_rings(&self) -> Result<(), PoolError> {
+        look_again(&self.world, &self.recipient, &self.keys).map(drop)
+    }
+
+    /// Number of the next ring. The numbers have no gaps, and a number that somebody used is not used again, also where his
+    /// rotation was cut off.
+    fn next_generation(&self) -> Result<u16, PoolError> {
+        let failed = |action| move |source| PoolError::io(self.world.files.display("keys"), action, source);
+        // A ring that others have seen must not vanish in a power cut when a later one is built on it.
+        self.world.files.sync_folder("keys").map_err(failed("sync"))?;
+        let newest = self.keys.newest().max(self.state().generation);
+        let there = ring_generations(&self.world)?;
+        for name in there.iter().filter(|number| **number > newest).flat_map(|number| ring::names(*number)) {
+            match self.world.files.read(&name, twin::MAX_BYTES) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                // Others may be able to read it, and would then ask for its proof.
+                read => drop(read.map_err(|source| PoolError::io(self.world.files.display(&name), "read", source))?),
+            }
+        }
+        (newest..=u16::MAX)
+            .skip(1)
+            .find(|number| !there.contains(number))
+            .ok_or_else(|| PoolError::Misuse("there are no more key generations".to_owned()))
+    }
+
+    /// Makes a new root, and the ring that wraps it, durable and read back.
     fn new_ring(&self, wanted: &[KnownRecipient]) -> Result<(u16, [u8; 32]), PoolError> {
-        let newest = ring_generations(&self.world)?.last().copied().unwrap_or(0).max(self.state().generation);
-        let generation = newest
-            .checked_add(1)
-            .ok_or_else(|| PoolError::Misuse("there are no more key generations".to_owned()))?;
+        let generation = self.next_generation()?;
         let names = ring::names(generation);
         let root = Secret::from_bytes(random(&self.world, &names[0])?);
+        let roots = self.keys.roots();
+        let content = HEADER + roots.len() * (OLDER + PROOF) + wanted.len() * ENTRY;
+        if 2 * (content + TWIN_REST) as u64 > twin::MAX_BYTES {
+            let (recipients, generations) = (wanted.len(), roots.len());
+            return Err(PoolError::Misuse(format!(
+                "{}: a ring for {recipients} recipients with {generations} older generations is too long; revoke \
+                 recipients that nobody uses, or make a new storage pool",
+                self.world.files.display(&names[0])
+            )));
+        }
         let mut older = Vec::new();
-        for (number, root) in
-            self.keys.roots().iter().filter(|(number, _)| **number <= self.state().generation)
-        {
+        for (number, root) in &roots {
             older.extend_from_slice(&number.to_le_bytes());
             older.extend_from_slice(root.expose());
         }
@@ -423,8 +512,9 @@ impl Pool {
             pool: self.id(),
             generation,
             salt: random(&self.world, &names[0])?,
-            older: vec![0; older.len() + crate::keys::TAG],
+            older: Vec::new(),
             entries: Vec::with_capacity(wanted.len()),
+            proofs: roots.keys().map(|number| (*number, [0; 16])).collect(),
         };
         for known in wanted {
             let once = RecipientKey::for_once(&*self.world.randomness)?;
@@ -441,13 +531,17 @@ impl Pool {
         }
         alone.ring(generation, &ring.salt)?.seal([0; 12], &ring.head(), &mut older)?;
         ring.older = older;
+        let proofs = |(number, _): &(u16, [u8; 16])| Ok((*number, ring.proof_of(&self.keys.ring_proof(*number)?)));
+        ring.proofs = ring.proofs.iter().map(proofs).collect::<Result<_, PoolError>>()?;
         let content = ring.encode();
-        if 2 * (content.len() + 48) as u64 > twin::MAX_BYTES {
-            return Err(PoolError::Misuse(format!("a ring of {} recipients is too long", wanted.len())));
-        }
         let bytes = twin::encode(twin::RING, &content);
         for name in &names {
-            self.world.publish(name, &bytes)?;
+            sequence::publish(&*self.world.files, name, &bytes).map_err(|failed| {
+                if let Unpublished::Doubtful(error) = &failed {
+                    self.break_writer(error);
+                }
+                failed.into_error(self.world.files.display(name))
+            })?;
             let back = self.world.files.read(name, twin::MAX_BYTES);
             let read = |source| PoolError::io(self.world.files.display(name), "read back", source);
             if back.map_err(read)? != bytes {

@@ -172,15 +172,23 @@ pub(crate) fn fold(
         {
             copies.push((copy.number, copy.bytes));
         }
-        let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
-        // Only who has a generation's root seals under it; the record of the rotation itself may be damaged.
-        state.generation = state.generation.max(header.generation);
-        let wrong = if follows {
-            applied.err()
+        let wrong = if header.generation < state.generation && header.kind != Kind::Restored as u16 {
+            // Whoever may write has the newest root. A copy of a damaged record proves itself.
+            Some(format!(
+                "is sealed under key generation {} though {} has begun: whoever wrote it has not the newest root key",
+                header.generation, state.generation
+            ))
         } else {
-            // Both are whole and authentic, so neither is dropped; that they do not follow each other means that one
-            // was put back from another copy of the pool.
-            Some("does not follow the record before it: one of the two was replaced".to_owned())
+            // Only who has a generation's root seals under it; the record of the rotation itself may be damaged.
+            state.generation = state.generation.max(header.generation);
+            let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
+            if follows {
+                applied.err()
+            } else {
+                // Both are whole and authentic, so neither is dropped; that they do not follow each other means that
+                // one was put back from another copy of the pool.
+                Some("does not follow the record before it: one of the two was replaced".to_owned())
+            }
         };
         if let Some(reason) = wrong {
             state.unreadable.push(Unreadable {

@@ -135,7 +135,9 @@ pub struct State {
     pub proofs: Proofs,
     /// Key generation that is sealed under: the newest of any record.
     pub generation: u16,
-    /// Hash of the ring file of each generation, as its rotation says.
+    /// Number of the last rotation's record.
+    pub rotated: u64,
+    /// Hash of the content of each generation's ring, as its rotation says.
     pub rings: BTreeMap<u16, Vec<u8>>,
     /// Recipients that were removed.
     pub removed: BTreeSet<crate::kit::RecipientId>,
@@ -259,6 +261,7 @@ impl State {
                 let generation =
                     u16::try_from(record.generation).map_err(|_| "a key generation past 65535".to_owned())?;
                 self.generation = self.generation.max(generation);
+                self.rotated = number;
                 self.rings.insert(generation, record.ring);
                 let removed = payload::ids(&record.removed).ok_or("ids of recipients are cut off")?;
                 self.removed.extend(removed.into_iter().map(crate::kit::RecipientId));

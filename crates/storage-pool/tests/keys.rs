@@ -330,7 +330,8 @@ fn every_call_of_a_rotation_fails_once() {
                 let pool = reader(&rig, recipient).unwrap_or_else(|error| panic!("{told}: {error}"));
                 assert_eq!(can_have(&pool, 1, &FIRST), Some(true), "{told}");
                 if stored.is_ok() {
-                    assert_eq!(can_have(&pool, 2, &SECOND), Some(true), "{told}");
+                    let unreadable = &pool.state().unreadable;
+                    assert_eq!(can_have(&pool, 2, &SECOND), Some(true), "{told}: {unreadable:?}");
                 }
             }
         }

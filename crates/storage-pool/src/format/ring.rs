@@ -13,6 +13,8 @@ pub const ENTRY: usize = 136;
 pub const ENTRY_HEAD: usize = 88;
 /// Bytes of an older root: its generation and itself.
 pub const OLDER: usize = 34;
+/// Bytes of a proof: its generation and itself.
+pub const PROOF: usize = 18;
 
 /// A root wrapped for one recipient.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +56,13 @@ pub struct Ring {
     pub older: Vec<u8>,
     /// For each recipient.
     pub entries: Vec<RingEntry>,
+    /// By each older generation: that whoever made the ring had its root.
+    pub proofs: Vec<(u16, [u8; 16])>,
+}
+
+/// Bytes of so many older roots, sealed.
+pub fn sealed_older(generations: usize) -> usize {
+    generations * OLDER + crate::keys::TAG
 }
 
 impl Ring {
@@ -63,9 +72,18 @@ impl Ring {
         bytes[..16].copy_from_slice(&self.pool.0);
         bytes[16..18].copy_from_slice(&self.generation.to_le_bytes());
         bytes[18..20].copy_from_slice(&(self.entries.len() as u16).to_le_bytes());
-        bytes[20..22].copy_from_slice(&(self.older.len() as u16).to_le_bytes());
+        bytes[20..22].copy_from_slice(&(self.proofs.len() as u16).to_le_bytes());
         bytes[32..].copy_from_slice(&self.salt);
         bytes
+    }
+
+    /// What the proof by an older generation has to be, by its key: over everything before the proofs.
+    pub fn proof_of(&self, key: &[u8; 32]) -> [u8; 16] {
+        let content = self.encode();
+        let end = content.len() - self.proofs.len() * PROOF;
+        let mut proof = [0u8; 16];
+        proof.copy_from_slice(&blake3::keyed_hash(key, &content[..end]).as_bytes()[..16]);
+        proof
     }
 
     /// The content of the twin file.
@@ -76,14 +94,21 @@ impl Ring {
             bytes.extend_from_slice(&entry.head());
             bytes.extend_from_slice(&entry.sealed);
         }
+        for (generation, proof) in &self.proofs {
+            bytes.extend_from_slice(&generation.to_le_bytes());
+            bytes.extend_from_slice(proof);
+        }
         bytes
     }
 
     /// The ring in the content of a twin file.
     pub fn decode(bytes: &[u8]) -> Result<Ring, FormatError> {
-        let (entries, older) = (usize::from(u16_at(bytes, 18)?), usize::from(u16_at(bytes, 20)?));
-        if bytes.len() != HEADER + older + entries * ENTRY {
-            return Err(FormatError::at(18, format!("{entries} entries in {} bytes", bytes.len())));
+        let (entries, generations) = (usize::from(u16_at(bytes, 18)?), usize::from(u16_at(bytes, 20)?));
+        let older = sealed_older(generations);
+        let proofs_at = HEADER + older + entries * ENTRY;
+        if bytes.len() != proofs_at + generations * PROOF {
+            let found = format!("{entries} entries and {generations} generations in {} bytes", bytes.len());
+            return Err(FormatError::at(18, found));
         }
         if take::<10>(bytes, 22)? != [0; 10] {
             return Err(FormatError::at(22, "reserved bytes are not zero"));
@@ -100,12 +125,16 @@ impl Ring {
                 sealed: take(bytes, at + ENTRY_HEAD)?,
             })
         };
+        let proof = |at: usize| -> Result<(u16, [u8; 16]), FormatError> {
+            Ok((u16_at(bytes, at)?, take(bytes, at + 2)?))
+        };
         Ok(Ring {
             pool: PoolId(take(bytes, 0)?),
             generation: u16_at(bytes, 16)?,
             salt: take(bytes, 32)?,
             older: bytes.get(HEADER..HEADER + older).unwrap_or_default().to_vec(),
             entries: (0..entries).map(|n| entry(HEADER + older + n * ENTRY)).collect::<Result<_, _>>()?,
+            proofs: (0..generations).map(|n| proof(proofs_at + n * PROOF)).collect::<Result<_, _>>()?,
         })
     }
 }
