@@ -363,7 +363,7 @@ def kit(path):
 
 # ---- The pool --------------------------------------------------------------------------------------------------------
 
-Record = collections.namedtuple("Record", "number epoch time kind payload file previous")
+Record = collections.namedtuple("Record", "number epoch time kind payload file previous generation")
 Point = collections.namedtuple("Point", "id number captured datasource machine host domain consistency disks incomplete")
 Disk = collections.namedtuple("Disk", "index size root levels")
 Place = collections.namedtuple("Place", "pack location")
@@ -418,30 +418,50 @@ class Pool:
         return generation, root
 
     def root_keys(self, recipient, secret):
-        """Generation -> root key: the key file, then every ring (section 3.4)."""
-        generation, root = self.root_key(recipient, secret)
-        roots = {generation: root}
+        """Generation -> root key: the key file, then every ring, in order of generation (section 3.4)."""
+        first, root = self.root_key(recipient, secret)
+        roots = {first: root}
         own = self.derive("recipient key", secret, self.id)
-        for name in sorted(os.listdir(self.path("keys"))):
-            found = re.fullmatch(r"([0-9a-f]{4})(-again)?\.ring", name)
-            if not found:
-                continue
-            try:
-                self.ring(self.path("keys", name), int(found[1], 16), recipient, own, roots)
-            except (Damage, OSError) as damage:
-                self.report(str(damage))
+        names = [re.fullmatch(r"([0-9a-f]{4})(?:-again)?\.ring", name) for name in os.listdir(self.path("keys"))]
+        rings = collections.defaultdict(list)
+        for name in filter(None, names):
+            rings[int(name[1], 16)].append(self.path("keys", name[0]))
+        for generation, paths in sorted(rings.items()):
+            for path in sorted(paths):
+                try:
+                    content = self.ring(path, generation)
+                    if generation >= first:
+                        self.open_ring(path, content, generation, first, recipient, own, roots)
+                except (Damage, OSError) as damage:
+                    self.report(str(damage))
         if 0 not in roots:
             raise Unusable("the root key of generation 0 cannot be reached: its rings are missing or damaged")
         return roots
 
-    def ring(self, path, number, recipient, own, roots):
+    def ring(self, path, number):
         content = twin(path, b"STPRING1", self.report)
         need(len(content) >= 48, f"{path}: {len(content)} bytes of content")
-        pool, generation, entries, length = struct.unpack_from("<16sHHH", content)
+        pool, generation, entries, older, reserved = struct.unpack_from("<16sHHH10s", content)
         need(pool == self.id and generation == number, f"{path}: ring {generation} of pool {pool.hex()}")
-        need(len(content) == 48 + length + 136 * entries, f"{path}: {len(content)} bytes of content")
-        for i in range(entries):
-            entry = content[48 + length + 136 * i:][:136]
+        need(reserved == bytes(10), f"{path}: reserved bytes are not zero")
+        need(len(content) == 48 + 34 * older + 16 + 136 * entries + 18 * older, f"{path}: {len(content)} bytes of content")
+        return content
+
+    def open_ring(self, path, content, generation, first, recipient, own, roots):
+        entries, count = struct.unpack_from("<HH", content, 18)
+        entries_at = 48 + 34 * count + 16
+        proofs_at = entries_at + 136 * entries
+        if generation > first:
+            # By the newest root below it that is known.
+            newest = max(known for known in roots if known < generation)
+            proofs = {struct.unpack_from("<H", content, at)[0]: content[at + 2:at + 18]
+                      for at in range(proofs_at, len(content), 18)}
+            key = self.derive("ring proof key", roots[newest], self.id)
+            need(proofs.get(newest) == blake3_keyed(key, content[:proofs_at])[:16],
+                 f"{path}: it is not proved by key generation {newest}")
+        for at in range(entries_at, proofs_at, 136):
+            entry = content[at:at + 136]
+            need(entry[18:24] == bytes(6), f"{path}: reserved bytes of an entry are not zero")
             if entry[:16] == recipient and generation not in roots:
                 public, once = entry[24:56], entry[56:88]
                 wrap = self.derive("ring wrap key", x25519(own, once), once, public, self.id,
@@ -449,9 +469,9 @@ class Pool:
                 roots[generation] = sealed(wrap, bytes(12), entry[88:], entry[:88], path)
         if generation in roots:
             key = self.derive("ring key", roots[generation], self.id, content[32:48])
-            older = sealed(key, bytes(12), content[48:48 + length], content[:48], path)
-            for i in range(0, len(older), 34):
-                roots.setdefault(struct.unpack_from("<H", older, i)[0], older[i + 2:i + 34])
+            older = sealed(key, bytes(12), content[48:entries_at], content[:48], path)
+            for at in range(0, len(older), 34):
+                roots.setdefault(struct.unpack_from("<H", older, at)[0], older[at + 2:at + 34])
 
     def root(self, generation, where):
         need(generation in self.roots, f"{where}: sealed under key generation {generation}, which this kit does not open")
@@ -486,7 +506,7 @@ class Pool:
         need(kind in PAYLOADS, f"{where}: kind {kind} is unknown")
         key = self.derive("record key", self.root(generation, where), self.id, salt)
         payload = sealed(key, bytes(12), file[112:-32], file[:112], where)
-        return Record(number, epoch, time, kind, fields(payload, where), file, previous)
+        return Record(number, epoch, time, kind, fields(payload, where), file, previous, generation)
 
     def sequence(self):
         records, unreadable, restored = {}, {}, {}
@@ -530,7 +550,16 @@ class Pool:
                 known = record.previous in (blake3(before.file), bytes(32))
             if not known and before is not None:
                 self.report(f"record {number}: the record before it is not the one its writer saw")
-        return [record for _, record in sorted(records.items())]
+        # Whoever may write has the newest root; a restored record proves itself (3.4).
+        kept, newest = [], 0
+        for number, record in sorted(records.items()):
+            if record.generation < newest and record.kind != 13:
+                self.report(f"{self.path('sequence')}: record {number} is sealed under key generation "
+                            f"{record.generation} after {newest} began")
+                continue
+            newest = max(newest, record.generation)
+            kept.append(record)
+        return kept
 
     def state(self):
         """Points, and what became of them (the kinds of section 5)."""
@@ -900,7 +929,7 @@ def check_bundle(pool, path, first, last):
 # ---- Commands ----------------------------------------------------------------------------------------------------------
 
 # Section 5's kinds: those that this reader knows to be records of version 1.
-PAYLOADS = frozenset(range(1, 17))
+PAYLOADS = frozenset(range(1, 18))
 
 
 def points(pool, _options):

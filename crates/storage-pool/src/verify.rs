@@ -26,6 +26,7 @@ use crate::map::{MapReader, MapRoot, NodeSource};
 use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
 use crate::proofs::{self, Part, Proof, place};
+use crate::recipients::is_ring_proved;
 use crate::state::{self, State};
 use prost::Message;
 
@@ -353,7 +354,9 @@ impl Pool {
         let mut check = |name: &str, magic, fits: &dyn Fn(&[u8]) -> bool| {
             let wrong = match twin(name, magic) {
                 Err(reason) => Some(reason),
-                Ok(twin) if !fits(&twin.content) => Some("belongs to another pool or recipient".to_owned()),
+                Ok(twin) if !fits(&twin.content) => {
+                    Some("belongs to another pool or recipient, or is not proved by a root key".to_owned())
+                }
                 Ok(twin) => twin.damage.map(|damage| format!("{damage:?}; the other copy serves")),
             };
             if let Some(reason) = wrong {
@@ -370,8 +373,10 @@ impl Pool {
             let name = format!("keys/{}", entry.name);
             match ring::generation(&entry.name) {
                 Some(generation) => check(&name, twin::RING, &|content| {
-                    let is_ours = Ring::decode(content)
-                        .is_ok_and(|ring| ring.pool == self.id() && ring.generation == generation);
+                    let is_ours = Ring::decode(content).is_ok_and(|ring| {
+                        let is_proved = is_ring_proved(&ring, &self.keys).unwrap_or(false);
+                        ring.pool == self.id() && ring.generation == generation && is_proved
+                    });
                     let stated = rings.get(&generation);
                     is_ours
                         && stated.is_none_or(|stated| {

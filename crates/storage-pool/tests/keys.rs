@@ -9,7 +9,15 @@ use std::sync::{Arc, Mutex, OnceLock};
 use environment::Randomness;
 use environment::simulated::{Failure, SimulatedFiles, When};
 use model::RecoveryPointId;
-use rig::{Order, Rig, is_exact, store};
+use prost::Message;
+use rig::{Open, Order, Rig, is_exact, store};
+use storage_pool::format::bundle::{self, BundleHeader, Bundled};
+use storage_pool::format::key::KeyFile;
+use storage_pool::format::payload::{self, Kind};
+use storage_pool::format::record::{self, RecordHeader};
+use storage_pool::format::ring::{self, Ring, RingEntry};
+use storage_pool::format::twin;
+use storage_pool::keys::{Keys, RecipientKey, Secret, TAG, wrap_key};
 use storage_pool::kit::{Recipient, RecipientId};
 use storage_pool::recipients::RecipientKind;
 use storage_pool::reclaim::ReclaimOptions;
@@ -381,6 +389,276 @@ fn bundles_of_an_older_generation_are_not_believed() {
     bundles(&rig).iter().for_each(|name| snapshot.remove(name));
     let without = rig.on(SimulatedFiles::from_snapshot(3, &snapshot));
     assert_eq!(with, *without.reader().unwrap().state());
+}
+
+/// What whoever was removed can make: all of it from the files, and the root that its own key file gives.
+struct Removed<'r> {
+    rig: &'r Rig,
+    /// Root 0, and later ones that it makes up.
+    keys: BTreeMap<u16, Secret>,
+}
+
+impl<'r> Removed<'r> {
+    fn new(rig: &'r Rig, recipient: &Recipient) -> Removed<'r> {
+        let bytes = rig.files.snapshot().get(&format!("keys/{}.key", recipient.id)).unwrap().to_vec();
+        let file = KeyFile::decode(&twin::decode(twin::KEY, &bytes).unwrap().content).unwrap();
+        let mut sealed = file.sealed;
+        let key = wrap_key(&recipient.secret, recipient.pool).unwrap();
+        let root = key.open(file.nonce, &file.head(), &mut sealed).unwrap();
+        let root = Secret::from_bytes((&*root).try_into().unwrap());
+        Removed { rig, keys: BTreeMap::from([(file.generation, root)]) }
+    }
+
+    fn keys(&self, generation: u16) -> Keys {
+        // The only public way to keys is that of a first root; what is derived from it names no generation.
+        Keys::new(self.rig.server.pool, self.keys[&generation].clone())
+    }
+
+    fn head(&self) -> (u64, [u8; 32]) {
+        let snapshot = self.rig.files.snapshot();
+        let (name, bytes) =
+            snapshot.files().filter(|(name, _)| name.starts_with("sequence/")).last().unwrap();
+        (record::number(name.strip_prefix("sequence/").unwrap()).unwrap(), *blake3::hash(bytes).as_bytes())
+    }
+
+    /// Puts a record behind the last one, in the chain of hashes.
+    fn append(&self, generation: u16, kind: Kind, payload: &impl Message) -> u64 {
+        let (head, previous) = self.head();
+        let header = RecordHeader {
+            kind: kind as u16,
+            generation,
+            pool: self.rig.server.pool,
+            number: head + 1,
+            epoch: 1,
+            time: rig::NOW,
+            previous,
+            salt: [9; 16],
+        };
+        let mut sealed = payload.encode_to_vec();
+        let raw = header.encode(sealed.len() + TAG);
+        self.keys(generation).record(0, &header.salt).unwrap().seal([0; 12], &raw, &mut sealed).unwrap();
+        self.rig.files.set_bytes(&record::name(head + 1), record::encode(&raw, &sealed));
+        head + 1
+    }
+
+    /// A bundle of all records, in which nothing happens.
+    fn bundle(&self, generation: u16) {
+        let (head, hash) = self.head();
+        let mut content = Vec::new();
+        for _ in 1..=head {
+            let nothing = Bundled { epoch: 1, time: rig::NOW, kind: Kind::Tick as u16, payload: &[] };
+            bundle::push(&mut content, &nothing);
+        }
+        content.extend_from_slice(&hash);
+        let pool = self.rig.server.pool;
+        let header = BundleHeader { generation, pool, first: 1, last: head, salt: [8; 16] };
+        let raw = header.encode(content.len() + TAG);
+        self.keys(generation).bundle(0, &header.salt).unwrap().seal([0; 12], &raw, &mut content).unwrap();
+        self.rig.files.set_bytes(&bundle::name(1, head), bundle::encode(&raw, &content));
+    }
+
+    /// A ring of a root of its own for server and kit, proved by every root that it has.
+    fn ring(&mut self, generation: u16) {
+        let root = Secret::from_bytes([0xBD; 32]);
+        let pool = self.rig.server.pool;
+        let mut older: Vec<u8> = Vec::new();
+        for (number, root) in &self.keys {
+            older.extend_from_slice(&number.to_le_bytes());
+            older.extend_from_slice(root.expose());
+        }
+        let proofs = self.keys.keys().map(|number| (*number, [0; 16])).collect();
+        let mut made = Ring { pool, generation, salt: [7; 16], older: Vec::new(), entries: Vec::new(), proofs };
+        let salt = made.salt;
+        let own = Keys::new(pool, root.clone());
+        own.ring(0, &salt).unwrap().seal([0; 12], &made.head_for(2), &mut older).unwrap();
+        made.older = older;
+        for recipient in [&self.rig.server, &self.rig.kit] {
+            let once = RecipientKey::for_once(&*self.rig.random).unwrap();
+            let public = RecipientKey::of(&recipient.secret, pool).unwrap().public().unwrap();
+            let mut entry = RingEntry {
+                recipient: recipient.id,
+                kind: 2,
+                public,
+                once: once.public().unwrap(),
+                sealed: [0; 48],
+            };
+            let mut sealed = root.expose().to_vec();
+            once.wrap_key(&public, &entry.once, &public, pool, generation)
+                .unwrap()
+                .seal([0; 12], &entry.head(), &mut sealed)
+                .unwrap();
+            entry.sealed = sealed.try_into().unwrap();
+            made.entries.push(entry);
+        }
+        let proofs = made.proofs.iter();
+        made.proofs = proofs
+            .map(|(number, _)| (*number, made.proof_of(&self.keys(*number).ring_proof(0).unwrap())))
+            .collect();
+        for name in ring::names(generation) {
+            self.rig.files.set_bytes(&name, twin::encode(twin::RING, &made.encode()));
+        }
+        self.keys.insert(generation, root);
+    }
+}
+
+trait HeadFor {
+    fn head_for(&self, entries: usize) -> [u8; ring::HEADER];
+}
+impl HeadFor for Ring {
+    /// Its head when it has so many entries.
+    fn head_for(&self, entries: usize) -> [u8; ring::HEADER] {
+        let mut head = self.head();
+        head[18..20].copy_from_slice(&(entries as u16).to_le_bytes());
+        head
+    }
+}
+
+/// Whoever was removed and can write to the folder: records, bundles and rings that it makes change nothing (INV-8).
+#[test]
+fn what_a_removed_recipient_writes_is_not_believed() {
+    let (rig, removed) = rotated();
+    let before = rig.files.snapshot();
+    let whole = rig.reader().unwrap().state().clone();
+    let mark = payload::PointMark { point: id(2).0.to_vec(), reason: "forged".to_owned() };
+    let look = |rig: &Rig, told: &str, is_told: bool| {
+        for pool in [rig.reader().unwrap(), reader(rig, &rig.server).unwrap()] {
+            let state = pool.state().clone();
+            assert_eq!(state.points, whole.points, "{told}");
+            assert_eq!((state.generation, &state.removed), (1, &whole.removed), "{told}");
+            assert_eq!(!state.unreadable.is_empty(), is_told, "{told}: {:?}", state.unreadable);
+            assert_eq!(can_have(&pool, 2, &SECOND), Some(true), "{told}");
+        }
+    };
+
+    let out = Removed::new(&rig, &removed);
+    let number = out.append(0, Kind::Tombstone, &mark);
+    look(&rig, "a record of the older generation", true);
+    let pool = rig.writer(1).unwrap();
+    let record = pool.state().unreadable[0].clone();
+    assert!(record.number == number && record.reason.contains("newest root key"), "{record:?}");
+    let stopped = pool.reclaim(ReclaimOptions::default(), &rig.deletion());
+    assert!(matches!(stopped, Err(PoolError::Stopped { .. })), "{stopped:?}");
+    // Backups go on behind it.
+    store(&pool, &order(3, Some(2), &[(0, 9)])).unwrap();
+    drop(pool);
+    assert_eq!(can_have(&rig.reader().unwrap(), 3, &[(0, 9), (1, 4), (4, 3)]), Some(true));
+
+    let other = rig.on(SimulatedFiles::from_snapshot(2, &before));
+    Removed::new(&other, &removed).bundle(0);
+    look(&other, "a bundle of the older generation", false);
+
+    let other = rig.on(SimulatedFiles::from_snapshot(3, &before));
+    let mut out = Removed::new(&other, &removed);
+    out.ring(2);
+    look(&other, "a ring", false);
+    out.bundle(2);
+    look(&other, "a bundle under a ring of its own", false);
+    // Its ring stands in nobody's way.
+    let pool = other.writer(1).unwrap();
+    let report = pool.verify(Depth::Structure, &mut |_, _| true).unwrap();
+    let is_named = |damage: &Damage| matches!(damage, Damage::File { path, .. } if path.ends_with(".ring"));
+    assert!(report.damage.iter().any(is_named), "{:?}", report.damage);
+    assert_eq!(pool.rotate_keys(&[]).unwrap(), 3);
+    store(&pool, &order(3, Some(2), &[(0, 9)])).unwrap();
+    drop(pool);
+    for recipient in [&rig.server, &rig.kit] {
+        assert_eq!(can_have(&reader(&other, recipient).unwrap(), 3, &[(0, 9), (1, 4), (4, 3)]), Some(true));
+    }
+
+    let other = rig.on(SimulatedFiles::from_snapshot(4, &before));
+    let mut out = Removed::new(&other, &removed);
+    out.ring(2);
+    let record = payload::Rotation { generation: 2, ring: vec![0; 32], removed: rig.kit.id.0.to_vec() };
+    out.append(2, Kind::Rotation, &record);
+    look(&other, "a rotation of its own", true);
+}
+
+/// The instrument of the test above makes what is believed where nobody was removed: its forgeries are real ones.
+#[test]
+fn the_same_from_somebody_who_was_not_removed_is_believed() {
+    let rig = Rig::new(1, Settings::without_safety());
+    store(&rig.writer(1).unwrap(), &order(1, None, &FIRST)).unwrap();
+    let before = rig.files.snapshot();
+    let mut holder = Removed::new(&rig, &rig.kit);
+    holder.append(0, Kind::Tombstone, &payload::PointMark { point: id(1).0.to_vec(), reason: String::new() });
+    assert!(rig.reader().unwrap().point(id(1)).unwrap().deleted.is_some());
+    holder.ring(1);
+    holder.append(1, Kind::Tick, &payload::PointMark::default());
+    let pool = rig.reader().unwrap();
+    assert!(pool.state().unreadable.is_empty(), "{:?}", pool.state().unreadable);
+    assert_eq!(pool.state().generation, 1);
+    let other = rig.on(SimulatedFiles::from_snapshot(2, &before));
+    Removed::new(&other, &rig.kit).bundle(0);
+    assert!(other.reader().unwrap().state().points.is_empty());
+}
+
+/// A reader that is open while a writer rotates, and a reclaim moves what it reads into packs under the new root.
+#[test]
+fn a_reader_goes_on_beside_a_rotation() {
+    let rig = Rig::new(1, Settings::without_safety());
+    let pool = rig.writer(1).unwrap();
+    store(&pool, &order(4, None, &[(0, 10), (1, 11), (2, 12), (3, 13), (4, 14)])).unwrap();
+    store(&pool, &order(5, None, &[(0, 10)])).unwrap();
+    let (fresh, used) = (rig.reader().unwrap(), rig.reader().unwrap());
+    assert_eq!(can_have(&used, 5, &[(0, 10)]), Some(true));
+    pool.rotate_keys(&[]).unwrap();
+    pool.delete_point(id(4), "test").unwrap();
+    let freed = pool.reclaim(ReclaimOptions::default(), &rig.deletion()).unwrap();
+    assert!(freed.freed_packs > 0 && freed.rewritten_bytes > 0, "{freed:?}");
+    for pool in [&fresh, &used] {
+        assert_eq!(can_have(pool, 5, &[(0, 10)]), Some(true));
+    }
+}
+
+/// No pack is begun under the older root and ended after the rotation.
+#[test]
+fn a_rotation_waits_for_nobody_and_is_refused_beside_a_backup() {
+    let rig = Rig::new(1, Settings::without_safety());
+    let pool = rig.writer(1).unwrap();
+    let mut job = Open::begin(&pool, order(1, None, &FIRST)).unwrap();
+    job.go_on().unwrap();
+    let before = rig.files.snapshot();
+    assert!(matches!(pool.rotate_keys(&[]), Err(PoolError::Busy { .. })));
+    assert_eq!(rig.files.snapshot(), before);
+    job.commit().unwrap();
+    pool.rotate_keys(&[]).unwrap();
+    assert_eq!(can_have(&rig.reader().unwrap(), 1, &FIRST), Some(true));
+}
+
+/// The record of a rotation rots: the one behind it says the same, and nobody goes on under the older root.
+#[test]
+fn one_damaged_record_does_not_take_a_rotation_back() {
+    let (rig, removed) = rotated();
+    let rotation = rig.reader().unwrap().state().rotated;
+    let before = rig.files.snapshot();
+    for number in [rotation, rotation + 1] {
+        // Nothing else came after it.
+        let mut snapshot = before.clone();
+        let later: Vec<String> = snapshot
+            .files()
+            .map(|(name, _)| name.to_owned())
+            .filter(|name| {
+                name.starts_with("index/") || *name > record::name(rotation + 1) && name.starts_with("sequence/")
+            })
+            .collect();
+        later.iter().for_each(|name| snapshot.remove(name));
+        let rig = rig.on(SimulatedFiles::from_snapshot(2, &snapshot));
+        rig.files.flip_bit(&record::name(number), 900).unwrap();
+        store(&rig.writer(1).unwrap(), &order(9, Some(1), &[(0, 9)])).unwrap();
+        assert_eq!(can_have(&rig.reader().unwrap(), 9, &[(0, 9), (1, 2), (4, 3)]), Some(true), "{number}");
+        assert_eq!(can_have(&reader(&rig, &removed).unwrap(), 9, &[]), None, "{number}");
+    }
+    // A crash came between the two: the next writer adds the second.
+    let mut snapshot = before.clone();
+    let later: Vec<String> = snapshot
+        .files()
+        .map(|(name, _)| name.to_owned())
+        .filter(|name| name.starts_with("index/") || *name > record::name(rotation) && name.starts_with("sequence/"))
+        .collect();
+    later.iter().for_each(|name| snapshot.remove(name));
+    let rig = rig.on(SimulatedFiles::from_snapshot(3, &snapshot));
+    assert_eq!(rig.writer(1).unwrap().state().head, rotation + 1);
+    assert_eq!(rig.writer(1).unwrap().state().head, rotation + 1);
 }
 
 // Nonces.

@@ -476,7 +476,9 @@ impl Life {
                 let removed: Vec<_> = id.into_iter().filter(|_| self.below(2) == 0).collect();
                 match pool.rotate_keys(&removed) {
                     Ok(generation) => Ok(format!("key generation {generation}, without {removed:?}")),
-                    Err(error @ PoolError::Stopped { .. }) => Ok(format!("rotation: {error}")),
+                    Err(error @ (PoolError::Stopped { .. } | PoolError::Busy { .. })) => {
+                        Ok(format!("rotation: {error}"))
+                    }
                     Err(error) => Err(error),
                 }
             }
