@@ -40,7 +40,7 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
                 (0, "record: magic"),
                 (8, "record: versions"),
                 (12, "record: kind"),
-                (14, "record: reserved"),
+                (14, "record: key generation"),
                 (16, "record: pool id"),
                 (32, "record: number"),
                 (40, "record: epoch"),
@@ -61,7 +61,7 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
                 (0, "pack: magic"),
                 (8, "pack: versions"),
                 (12, "pack: kind"),
-                (14, "pack: reserved"),
+                (14, "pack: key generation"),
                 (16, "pack: pool id"),
                 (32, "pack: domain id"),
                 (48, "pack: pack id"),
@@ -76,6 +76,9 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
             0..=96 => "run: trailer".to_owned(),
             _ => field(&[(0, "run: header"), (64, "run: pages, filters, tail")]),
         };
+    }
+    if name.ends_with(".key") || name.ends_with(".ring") {
+        return "key file or ring: sections 3.1 and 3.4".to_owned();
     }
     if name.ends_with(".records") {
         return match end {

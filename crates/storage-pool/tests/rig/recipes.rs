@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use environment::simulated::SimulatedFiles;
 use model::{Cause, Consistency, DatasourceId, RecoveryPointId, Timestamp};
+use storage_pool::kit::Recipient;
 use storage_pool::reclaim::{DeletionService, ReclaimOptions};
+use storage_pool::verify::Depth;
 use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, PoolError, Settings};
 
 use super::golden::{self, Golden};
@@ -50,6 +52,8 @@ pub const RECIPES: &[Recipe] = &[
     Recipe { name: "stored-again", make: stored_again },
     Recipe { name: "restored-record", make: restored_record },
     Recipe { name: "merged-runs-and-bundles", make: merged },
+    Recipe { name: "rotated-keys", make: rotated },
+    Recipe { name: "kit-of-a-later-generation", make: late_kit },
 ];
 
 /// A pool in the making.
@@ -289,6 +293,58 @@ fn merged() -> Made {
         making.put(n, 1 + n % 2, base, 4, &[(u64::from(n) % 4, u64::from(n))]);
     }
     making.tidy();
+    making.done()
+}
+
+/// A further kit.
+fn add_kit(making: &Making) -> Recipient {
+    let mut kit = None;
+    let pool = making.rig.writer(1).unwrap();
+    pool.add_kit(&mut |new| {
+        kit = Some(new.clone());
+        Ok(new.clone())
+    })
+    .unwrap();
+    kit.unwrap()
+}
+
+/// Points of three key generations. The first rotation removed a kit; a rotation between them was cut off after its ring. Every
+/// byte was proved.
+fn rotated() -> Made {
+    let mut making = Making::new(9);
+    making.put(1, 1, None, 4, &[(0, 1), (1, 2)]);
+    let removed = add_kit(&making);
+    making.rig.writer(1).unwrap().rotate_keys(&[removed.id]).unwrap();
+    making.put(2, 1, Some(1), 4, &[(1, 3), (2, 4)]);
+    let pool = making.rig.writer(1).unwrap();
+    assert_eq!(pool.rotate_keys(&[]).unwrap(), 2);
+    drop(pool);
+    // As if the cut had come before the records of that rotation.
+    let mut snapshot = making.rig.files.snapshot();
+    for name in making.files("sequence/").iter().rev().take(2) {
+        snapshot.remove(name);
+    }
+    making.rig.files = SimulatedFiles::from_snapshot(golden::SEED, &snapshot);
+    assert_eq!(making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap(), 3);
+    making.put(3, 2, None, 4, &[(0, 1), (3, 5)]);
+    let pool = making.rig.writer(1).unwrap();
+    let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
+    assert!(report.damage.is_empty(), "{:?}", report.damage);
+    drop(pool);
+    making.put(4, 1, Some(2), 4, &[(0, 6)]);
+    making.tidy();
+    making.done()
+}
+
+/// The kit was written after the first rotation, so its key file has a later root; and the keys were rotated again since.
+fn late_kit() -> Made {
+    let mut making = Making::new(10);
+    making.put(1, 1, None, 4, &[(0, 1), (1, 2)]);
+    making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap();
+    making.put(2, 1, Some(1), 4, &[(1, 3)]);
+    making.rig.kit = add_kit(&making);
+    making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap();
+    making.put(3, 1, Some(2), 4, &[(2, 4)]);
     making.done()
 }
 
