@@ -373,7 +373,10 @@ impl Copy {
     fn copy_keys(&self, report: &mut CopyReport) -> Result<(), PoolError> {
         // A ring whose name a power cut could still take away at the source must not stand in the way of the next one of
         // that number for ever.
-        self.source.files.sync_folder("keys").map_err(|source| failed(&self.source, "keys", "sync", source))?;
+        self.source
+            .files
+            .sync_folder("keys")
+            .map_err(|source| failed(&self.source, "keys", "sync", source))?;
         for entry in list(&self.source, "keys")? {
             let name = format!("keys/{}", entry.name);
             let path = self.source.files.display(&name);

@@ -287,7 +287,8 @@ pub(crate) fn is_ring_proved(ring: &Ring, keys: &Keys) -> Result<bool, PoolError
 }
 
 fn unproved(world: &World, number: u16) -> Damage {
-    let reason = "is not proved by the key generation before it: nobody who could open the storage pool made it";
+    let reason =
+        "is not proved by the key generation before it: nobody who could open the storage pool made it";
     let path = world.files.display(&ring::names(number)[0]);
     Damage::File { path, offset: 0, reason: reason.to_owned(), derived: false }
 }
@@ -478,7 +479,9 @@ impl Pool {
             match self.world.files.read(&name, twin::MAX_BYTES) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 // Others may be able to read it, and would then ask for its proof.
-                read => drop(read.map_err(|source| PoolError::io(self.world.files.display(&name), "read", source))?),
+                read => drop(
+                    read.map_err(|source| PoolError::io(self.world.files.display(&name), "read", source))?,
+                ),
             }
         }
         (newest..=u16::MAX)
@@ -531,7 +534,8 @@ impl Pool {
         }
         alone.ring(generation, &ring.salt)?.seal([0; 12], &ring.head(), &mut older)?;
         ring.older = older;
-        let proofs = |(number, _): &(u16, [u8; 16])| Ok((*number, ring.proof_of(&self.keys.ring_proof(*number)?)));
+        let proofs =
+            |(number, _): &(u16, [u8; 16])| Ok((*number, ring.proof_of(&self.keys.ring_proof(*number)?)));
         ring.proofs = ring.proofs.iter().map(proofs).collect::<Result<_, PoolError>>()?;
         let content = ring.encode();
         let bytes = twin::encode(twin::RING, &content);

@@ -376,7 +376,9 @@ fn relay() {
 fn rotation() {
     let prepared = prepare();
     let states = every_crash(&prepared, &|rig| rig.writer(1)?.rotate_keys(&[]).map(drop), &|pool| {
-        pool.state().generation > 0 && pool.prove(&prepared.rig.kit).is_ok() && pool.prove(&prepared.rig.server).is_ok()
+        pool.state().generation > 0
+            && pool.prove(&prepared.rig.kit).is_ok()
+            && pool.prove(&prepared.rig.server).is_ok()
     });
     assert!(states >= 9, "{states}");
 }
@@ -397,7 +399,8 @@ fn revocation() {
     prepared.snapshot = prepared.rig.files.snapshot();
     let states = every_crash(&prepared, &|rig| rig.writer(1)?.rotate_keys(&[out.id]).map(drop), &|pool| {
         let is_in = |recipient| pool.prove(recipient).is_ok();
-        let is_removed = pool.recipients().unwrap().iter().any(|known| known.id == out.id && known.is_removed);
+        let is_removed =
+            pool.recipients().unwrap().iter().any(|known| known.id == out.id && known.is_removed);
         is_removed && !is_in(&out) && is_in(&prepared.rig.kit) && is_in(&prepared.rig.server)
     });
     assert!(states >= 9, "{states}");

@@ -467,7 +467,8 @@ impl<'r> Removed<'r> {
             older.extend_from_slice(root.expose());
         }
         let proofs = self.keys.keys().map(|number| (*number, [0; 16])).collect();
-        let mut made = Ring { pool, generation, salt: [7; 16], older: Vec::new(), entries: Vec::new(), proofs };
+        let mut made =
+            Ring { pool, generation, salt: [7; 16], older: Vec::new(), entries: Vec::new(), proofs };
         let salt = made.salt;
         let own = Keys::new(pool, root.clone());
         own.ring(0, &salt).unwrap().seal([0; 12], &made.head_for(2), &mut older).unwrap();
@@ -638,7 +639,8 @@ fn one_damaged_record_does_not_take_a_rotation_back() {
             .files()
             .map(|(name, _)| name.to_owned())
             .filter(|name| {
-                name.starts_with("index/") || *name > record::name(rotation + 1) && name.starts_with("sequence/")
+                name.starts_with("index/")
+                    || *name > record::name(rotation + 1) && name.starts_with("sequence/")
             })
             .collect();
         later.iter().for_each(|name| snapshot.remove(name));
@@ -653,7 +655,9 @@ fn one_damaged_record_does_not_take_a_rotation_back() {
     let later: Vec<String> = snapshot
         .files()
         .map(|(name, _)| name.to_owned())
-        .filter(|name| name.starts_with("index/") || *name > record::name(rotation) && name.starts_with("sequence/"))
+        .filter(|name| {
+            name.starts_with("index/") || *name > record::name(rotation) && name.starts_with("sequence/")
+        })
         .collect();
     later.iter().for_each(|name| snapshot.remove(name));
     let rig = rig.on(SimulatedFiles::from_snapshot(3, &snapshot));
@@ -663,13 +667,20 @@ fn one_damaged_record_does_not_take_a_rotation_back() {
 
 // Nonces.
 
-static SEEN: OnceLock<Mutex<(HashSet<([u8; 32], [u8; 12])>, u64)>> = OnceLock::new();
+/// Keys and nonces of all seals, and how many had both alike.
+#[derive(Default)]
+struct Seen {
+    seals: HashSet<([u8; 32], [u8; 12])>,
+    repeated: u64,
+}
+
+static SEEN: OnceLock<Mutex<Seen>> = OnceLock::new();
 
 fn watch(key: [u8; 32], nonce: [u8; 12]) {
     let seen = SEEN.get_or_init(Mutex::default);
     let mut seen = seen.lock().unwrap();
-    if !seen.0.insert((key, nonce)) {
-        seen.1 += 1;
+    if !seen.seals.insert((key, nonce)) {
+        seen.repeated += 1;
     }
 }
 
@@ -697,7 +708,7 @@ fn no_nonce_is_used_twice_under_one_key() {
     }
     let (seals, repeated) = {
         let seen = SEEN.get().unwrap().lock().unwrap();
-        (seen.0.len(), seen.1)
+        (seen.seals.len(), seen.repeated)
     };
     assert_eq!(repeated, 0, "{repeated} of {seals} seals in {lives} lives repeat a nonce");
     assert!(seals > 2_000, "{seals}");
@@ -708,7 +719,7 @@ fn no_nonce_is_used_twice_under_one_key() {
     let pool = Pool::open(world, &rig.server, access).unwrap();
     pool.put_document("a", Some(b"1")).unwrap();
     pool.put_document("a", Some(b"2")).unwrap();
-    assert!(SEEN.get().unwrap().lock().unwrap().1 > 0, "the instrument notices nothing");
+    assert!(SEEN.get().unwrap().lock().unwrap().repeated > 0, "the instrument notices nothing");
 }
 
 /// No error, no debug output of anything that holds secrets shows them (INV-27).
