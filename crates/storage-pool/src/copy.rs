@@ -649,7 +649,7 @@ impl Copy {
         if report.cancelled || !report.damage.is_empty() {
             return Ok(0);
         }
-        let keys = crate::recipients::open(&self.target, recipient)?.keys;
+        let keys = crate::rings::open(&self.target, recipient)?.keys;
         let state = sequence::load(&*self.target.files, &keys)?;
         if !state.unreadable.is_empty() {
             return Ok(0);

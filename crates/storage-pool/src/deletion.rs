@@ -34,7 +34,7 @@ pub fn run_deletion_service(
     permit: Option<u64>,
     runs: &[u64],
 ) -> Result<(), PoolError> {
-    let keys = crate::recipients::open(world, recipient)?.keys;
+    let keys = crate::rings::open(world, recipient)?.keys;
     let state = sequence::load(&*world.files, &keys)?;
     if let Some(record) = state.unreadable.first() {
         return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });

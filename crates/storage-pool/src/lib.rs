@@ -55,11 +55,13 @@ pub mod proofs;
 pub mod recipients;
 pub mod reclaim;
 mod reserve;
+mod rings;
 mod sequence;
 mod sorter;
 pub mod state;
 mod tidy;
 pub mod verify;
+mod world;
 
 pub use error::{Damage, PoolError};
 pub use ingest::{FullCompare, Ingest, IngestFigures, JobNodes, NewDisk, NewPoint};

@@ -6,7 +6,7 @@ use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
 };
 
-use environment::{Clock, Files, Lock, Randomness};
+use environment::{Files, Lock};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
 use prost::Message;
 
@@ -22,10 +22,11 @@ use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
 use crate::packs::{self, FinishedPack, PackReader, PackWriter};
-use crate::recipients::{self, RecipientKind, wrap_root};
+use crate::rings::{self, RecipientKind, wrap_root};
 use crate::sequence::{self, Appender, Tip, Unpublished};
 use crate::sorter::Room;
 use crate::state::{Point, State};
+pub use crate::world::{World, key_name};
 
 /// Settings fixed at creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,36 +78,6 @@ impl Settings {
     }
 }
 
-/// The world around a pool.
-#[derive(Clone)]
-pub struct World {
-    /// Its folder.
-    pub files: Arc<dyn Files>,
-    /// Time.
-    pub clock: Arc<dyn Clock>,
-    /// Unpredictable bytes.
-    pub randomness: Arc<dyn Randomness>,
-}
-
-impl World {
-    /// A fresh random id.
-    pub fn random_id(&self) -> Result<[u8; 16], PoolError> {
-        let mut id = [0u8; 16];
-        self.randomness
-            .fill(&mut id)
-            .map_err(|source| PoolError::io(self.files.display(""), "draw random bytes for", source))?;
-        Ok(id)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.files.display(name)
-    }
-
-    pub(crate) fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
-        sequence::publish(&*self.files, name, bytes).map_err(|failed| failed.into_error(self.path(name)))
-    }
-}
-
 /// The reserve where none was asked for: a hundredth of the volume, between 1 MiB and 1 GiB.
 fn default_reserve(files: &dyn Files) -> u64 {
     const LIMITS: (u64, u64) = (1 << 20, 1 << 30);
@@ -130,11 +101,6 @@ pub enum Access {
 /// Name of the pool's header.
 pub const HEADER_NAME: &str = "pool.stillpoint";
 pub(crate) const LOCK_NAME: &str = "writer.lock";
-
-/// Name of a recipient's key file.
-pub fn key_name(id: RecipientId) -> String {
-    format!("keys/{id}.key")
-}
 
 struct Writer {
     appender: Appender,
@@ -248,7 +214,7 @@ impl Pool {
         for (recipient, kind) in all {
             let bytes = wrap_root(&world, recipient, kind, &keys)?;
             world.publish(&key_name(recipient.id), &bytes)?;
-            recipients::open(&world, recipient)?;
+            rings::open(&world, recipient)?;
         }
         let created = world.clock.now_micros();
         let header = payload::Header {
@@ -283,7 +249,7 @@ impl Pool {
             return Err(PoolError::OtherPool { expected: recipient.pool, found: header.id });
         }
         let mut notes: Vec<Damage> = header_damage.into_iter().collect();
-        let mut opened = recipients::open(&world, recipient)?;
+        let mut opened = rings::open(&world, recipient)?;
         notes.append(&mut opened.damage);
         let keys = opened.keys.clone();
 
@@ -315,7 +281,7 @@ impl Pool {
             if !state.unreadable.iter().any(|record| record.generation.is_some()) {
                 break;
             }
-            opened.rings = recipients::look_again(&world, recipient, &keys)?;
+            opened.rings = rings::look_again(&world, recipient, &keys)?;
             if keys.newest() == newest {
                 break;
             }

@@ -26,7 +26,7 @@ use crate::map::{MapReader, MapRoot, NodeSource};
 use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
 use crate::proofs::{self, Part, Proof, place};
-use crate::recipients::is_ring_proved;
+use crate::rings::is_ring_proved;
 use crate::state::{self, State};
 use prost::Message;
 
