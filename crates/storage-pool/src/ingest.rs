@@ -175,6 +175,7 @@ fn put(
         )?);
     }
     let Some(writer) = slot else { return Ok(()) };
+    writer.parity = shared.pool.settings().parity_percent;
     let places = writer.put(codec, encoded, decoded, ids)?;
     let is_full = writer.length() >= crate::packs::PACK_BYTES;
     inner.current.extend(ids.iter().copied().zip(places));

@@ -6,6 +6,7 @@ pub mod ballast;
 pub mod bundle;
 pub mod node;
 pub mod pack;
+pub mod parity;
 pub mod payload;
 pub mod record;
 pub mod run;
