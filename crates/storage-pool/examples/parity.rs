@@ -1,23 +1,61 @@
-//! What parity costs: a file goes into a new pool with PERCENT of it, and the packs' bytes are told. CPU is the process's own:
+//! What parity costs: a file goes into a new pool with PERCENT of it as a full backup, and the packs' bytes are told, beside the time
+//! that the process itself spent. With `scale` as PERCENT, 0, 1, 3 and 10 % in turn, each in a process of its own, as ratios:
 //!
-//!     cargo build --release -p storage-pool --example parity
-//!     /usr/bin/time -f '%U + %S s' target/release/examples/parity DISK PERCENT DIR
+//!     cargo run --release -p storage-pool --example parity -- DISK PERCENT DIR
+//!     cargo run --release -p storage-pool --example parity -- DISK scale DIR
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
+use std::process::Command;
 use std::sync::Arc;
 
 use environment::{FolderFiles, SystemClock, SystemRandomness};
 use model::{BLOCK_BYTES, Cause, Consistency, DatasourceId, RecoveryPointId, Timestamp};
 use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, Pool, Settings, World};
 
+/// Processor seconds that this thread took, and it is the only one.
+fn cpu() -> f64 {
+    let text = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    text.split(' ').next().and_then(|nanoseconds| nanoseconds.parse::<f64>().ok()).unwrap_or(0.0) / 1e9
+}
+
+/// Rounds of each percentage, of which the least counts: whatever else runs only adds.
+const ROUNDS: usize = 5;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, disk, percent, folder] = arguments.as_slice() else { return Err("DISK PERCENT DIR".into()) };
-    let settings = Settings { parity_percent: percent.parse()?, ..Settings::without_safety() };
+    if percent != "scale" {
+        let (bytes, seconds) = backup(disk, percent.parse()?, folder)?;
+        println!("{bytes} {seconds}");
+        return Ok(());
+    }
+    let all = [0u32, 1, 3, 10];
+    let mut found: BTreeMap<u32, (u64, f64)> = BTreeMap::new();
+    for percent in std::iter::repeat_n(all, ROUNDS).flatten() {
+        let folder = format!("{folder}/{percent}");
+        let output = Command::new(std::env::current_exe()?).args([disk, &percent.to_string(), &folder]).output()?;
+        std::fs::remove_dir_all(&folder)?;
+        let text = String::from_utf8(output.stdout)?;
+        let (bytes, seconds) = text.trim().split_once(' ').ok_or("the backup failed")?;
+        let (bytes, seconds): (u64, f64) = (bytes.parse()?, seconds.parse()?);
+        let least = found.get(&percent).map_or(seconds, |(_, before)| seconds.min(*before));
+        found.insert(percent, (bytes, least));
+    }
+    let (bytes, seconds) = found.get(&0).copied().ok_or("nothing was measured")?;
+    for (percent, (more, longer)) in &found {
+        let (more, longer) = (*more as f64 / bytes as f64, longer / seconds);
+        println!("{{\"parity_percent\":{percent},\"bytes_ratio\":{more:.4},\"cpu_ratio\":{longer:.3}}}");
+    }
+    Ok(())
+}
+
+/// A full backup of `disk` into a new pool: bytes of packs, and processor seconds.
+fn backup(disk: &str, percent: u32, folder: &str) -> Result<(u64, f64), Box<dyn Error>> {
+    let settings = Settings { parity_percent: percent, ..Settings::without_safety() };
     let world = World {
         files: Arc::new(FolderFiles::new(folder)),
         clock: Arc::new(SystemClock),
@@ -68,6 +106,5 @@ fn main() -> Result<(), Box<dyn Error>> {
         full_compare: FullCompare::Now,
     };
     let figures = ingest.commit(RecoveryPointId([1; 16]), point, vec![disk]).map(|_| pool.space())??;
-    println!("{percent} %: {} bytes of packs", figures.packs);
-    Ok(())
+    Ok((figures.packs, cpu()))
 }

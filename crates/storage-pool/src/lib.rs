@@ -10,6 +10,8 @@
 //! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
 //! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`]
 //!   frees what no point needs, through a deletion service of its own.
+//! - Packs may carry parity ([`format::parity`]); what is damaged and can be rebuilt is told by [`Pool::rebuilt_since`], and
+//!   stored again by a verify that may write.
 //! - [`mod@copy`] keeps a second copy of the encrypted files.
 //! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
 //!
