@@ -37,7 +37,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut found: BTreeMap<u32, (u64, f64)> = BTreeMap::new();
     for percent in std::iter::repeat_n(all, ROUNDS).flatten() {
         let folder = format!("{folder}/{percent}");
-        let output = Command::new(std::env::current_exe()?).args([disk, &percent.to_string(), &folder]).output()?;
+        let output =
+            Command::new(std::env::current_exe()?).args([disk, &percent.to_string(), &folder]).output()?;
         std::fs::remove_dir_all(&folder)?;
         let text = String::from_utf8(output.stdout)?;
         let (bytes, seconds) = text.trim().split_once(' ').ok_or("the backup failed")?;

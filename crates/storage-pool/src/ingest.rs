@@ -159,7 +159,9 @@ fn put(
     decoded: u32,
     ids: &[ChunkId],
 ) -> Result<(), PoolError> {
-    shared.pool.leave_reserve(encoded.len() as u64)?;
+    let open = inner.blocks.iter().chain(&inner.nodes);
+    let parity: u64 = open.map(PackWriter::parity_bytes).sum();
+    shared.pool.leave_reserve(encoded.len() as u64 + parity)?;
     let slot = match kind {
         PackKind::Blocks => &mut inner.blocks,
         PackKind::Nodes => &mut inner.nodes,

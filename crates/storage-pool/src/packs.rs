@@ -11,6 +11,7 @@ use crate::error::PoolError;
 use crate::format::pack::{
     self, FRAME_HEADER, FrameHeader, HEADER, PackHeader, PackKind, TableEntry, Trailer,
 };
+use crate::format::parity::Layout;
 use crate::format::{FormatError, short_hash};
 use crate::frame;
 use crate::keys::{DomainKeys, Keys, SealKey, frame_nonce, table_nonce};
@@ -89,6 +90,12 @@ impl PackWriter {
     /// Bytes so far.
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Bytes of the parity that it would get now.
+    pub(crate) fn parity_bytes(&self) -> u64 {
+        let layout = Layout::new(self.length, self.parity).filter(|_| self.parity > 0);
+        layout.map_or(0, |layout| layout.file() - layout.content)
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), PoolError> {

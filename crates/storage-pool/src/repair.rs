@@ -66,7 +66,10 @@ impl Pool {
         let (stored, reason) = match self.copy_whole(found) {
             Ok(bytes) => (
                 StoredAgain::Done { pack: found.pack, bytes },
-                format!("{} sectors were rebuilt from parity, and what it held is stored again", found.sectors),
+                format!(
+                    "{} sectors were rebuilt from parity, and what it held is stored again",
+                    found.sectors
+                ),
             ),
             // Storage that fails must be heard: nothing is known of what was written.
             Err(error @ (PoolError::Io { .. } | PoolError::Fenced { .. } | PoolError::ReadOnly)) => {
@@ -111,7 +114,9 @@ impl Pool {
         let mut entries = table.table;
         entries.sort_unstable_by_key(|entry| entry.location);
         let mut writer: Option<PackWriter> = None;
-        for chunks in entries.chunk_by(|one, next| place(one.location).frame() == place(next.location).frame()) {
+        for chunks in
+            entries.chunk_by(|one, next| place(one.location).frame() == place(next.location).frame())
+        {
             let Some(first) = chunks.first().map(|entry| place(entry.location)) else { continue };
             let is_asked = found.is_whole || found.frames.contains(&first.frame());
             if !is_asked || self.others_have(id, chunks.iter().map(|entry| &entry.id))? {
@@ -119,8 +124,7 @@ impl Pool {
             }
             let wrong = |reason: String| FormatError::at(u64::from(first.frame()), reason).in_file(path());
             let (header, encoded) = self.reader.encoded(first, domain)?;
-            let content =
-                frame::decode(header.codec, &encoded, header.decoded as usize).map_err(wrong)?;
+            let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(wrong)?;
             let spans = frame::spans(kind, usize::from(header.chunks), &content)
                 .map_err(|error| error.in_file(path()))?;
             let mut ids = Vec::with_capacity(spans.len());
@@ -131,11 +135,14 @@ impl Pool {
                     .get(slot)
                     .is_some_and(|entry| entry.id == chunk && place(entry.location).slot() == slot);
                 if !is_named {
-                    return Err(wrong(format!("the chunk in place {slot} is not the one that the table names")));
+                    return Err(wrong(format!(
+                        "the chunk in place {slot} is not the one that the table names"
+                    )));
                 }
                 ids.push(chunk);
             }
-            self.leave_reserve(encoded.len() as u64)?;
+            let parity = writer.as_ref().map_or(0, PackWriter::parity_bytes);
+            self.leave_reserve(encoded.len() as u64 + parity)?;
             let open = match &mut writer {
                 Some(open) => open,
                 none => {

@@ -396,7 +396,10 @@ impl Pool {
                 damage: vec![Damage::File {
                     path,
                     offset: 0,
-                    reason: format!("{} sectors of its header or table were rebuilt from parity", table.rebuilt.len()),
+                    reason: format!(
+                        "{} sectors of its header or table were rebuilt from parity",
+                        table.rebuilt.len()
+                    ),
                     derived: false,
                 }],
                 ..Examined::default()

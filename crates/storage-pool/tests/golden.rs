@@ -202,9 +202,8 @@ fn flipped_bits_of_packs_with_parity_are_repaired() {
                 }
                 let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
                 let sectors: u64 = report.repairs.iter().map(|repair| repair.sectors).sum();
-                let is_named = |damage: &Damage| {
-                    matches!(damage, Damage::File { path, .. } if path.ends_with(name))
-                };
+                let is_named =
+                    |damage: &Damage| matches!(damage, Damage::File { path, .. } if path.ends_with(name));
                 if !report.damage.iter().all(is_named)
                     || report.repairs.len() != 1
                     || sectors != u64::from(bit < content * 8)

@@ -213,8 +213,14 @@ fn verify_stores_a_damaged_pack_again() {
         let bench = prepared.with(|bytes| bytes[64 + 32 + 500] ^= 1);
         let pool = bench.writer().unwrap();
         let report = pool.verify(depth, &mut |_, _| true).unwrap();
-        assert!(matches!(report.stored_again[..], [StoredAgain::Done { bytes, .. }] if bytes > 6 * BLOCK as u64));
-        assert_eq!((report.good_points, report.repairs[0].sectors, report.lost_blocks), (1, 1, 0), "{report:?}");
+        assert!(
+            matches!(report.stored_again[..], [StoredAgain::Done { bytes, .. }] if bytes > 6 * BLOCK as u64)
+        );
+        assert_eq!(
+            (report.good_points, report.repairs[0].sectors, report.lost_blocks),
+            (1, 1, 0),
+            "{report:?}"
+        );
         let mark = pool.rebuilt_mark();
         check(&pool, prepared.point, &prepared.content);
         assert_eq!(pool.rebuilt_since(mark), [], "what is read is the new pack");
@@ -326,7 +332,10 @@ fn a_copy_is_whole() {
         assert!(report.damage.is_empty(), "{report:?}");
         let [repaired] = report.repaired[..] else { panic!("{report:?}") };
         assert_eq!(repaired.sectors, u64::from(at < prepared.content_bytes), "byte {at}");
-        assert!(copy.files.snapshot().get(&prepared.pack) == prepared.snapshot.get(&prepared.pack), "byte {at}");
+        assert!(
+            copy.files.snapshot().get(&prepared.pack) == prepared.snapshot.get(&prepared.pack),
+            "byte {at}"
+        );
         // What is there is not copied again, and a whole look at it finds nothing.
         let again = made.run(CopyOptions { verify: true, ..CopyOptions::default() }, None, &mut |_, _| true);
         let again = again.unwrap();

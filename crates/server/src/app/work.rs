@@ -421,7 +421,10 @@ impl App {
             match stored {
                 StoredAgain::Done { pack, bytes } => job.log(
                     LogLevel::Info,
-                    format!("{}: what it holds is stored again, in {bytes} bytes; reclaim frees it.", name(*pack)),
+                    format!(
+                        "{}: what it holds is stored again, in {bytes} bytes; reclaim frees it.",
+                        name(*pack)
+                    ),
                 ),
                 StoredAgain::Not { pack, reason } => job.log(
                     LogLevel::Warning,
@@ -487,11 +490,7 @@ impl App {
 
     /// A reader verified beside whoever may write. What it found is recorded in a moment of its own, if nobody writes
     /// just now: without the record the next run would build on damaged blocks, with it they are stored again.
-    fn hand_over(
-        &self,
-        report: &storage_pool::verify::VerifyReport,
-        job: &RunningJob,
-    ) -> Vec<StoredAgain> {
+    fn hand_over(&self, report: &storage_pool::verify::VerifyReport, job: &RunningJob) -> Vec<StoredAgain> {
         let is_empty = report.new_damage.is_empty()
             && report.repairs.is_empty()
             && report.proved_points.is_empty()

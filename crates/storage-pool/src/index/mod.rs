@@ -360,7 +360,10 @@ impl Index {
             self.damage.push(Damage::File {
                 path: self.files.display(&pack::name(pack.header.pack)),
                 offset: 0,
-                reason: format!("{} sectors of its header or table were rebuilt from parity", pack.rebuilt.len()),
+                reason: format!(
+                    "{} sectors of its header or table were rebuilt from parity",
+                    pack.rebuilt.len()
+                ),
                 derived: false,
             });
         }

@@ -299,8 +299,7 @@ fn merged() -> Made {
 
 /// Packs of several sectors with parity of more than one group, and small ones.
 fn with_parity(seed: u64) -> Making {
-    let mut making =
-        Making::with(seed, Settings { parity_percent: 50, ..Settings::without_safety() });
+    let mut making = Making::with(seed, Settings { parity_percent: 50, ..Settings::without_safety() });
     let all: Vec<(u64, u64)> = (0..24).map(|at| (at, at + 1)).collect();
     making.put(1, 1, None, 130, &all);
     making.put(2, 2, None, 3, &[(0, 1), (1, 2)]);
