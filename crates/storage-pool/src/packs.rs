@@ -435,12 +435,18 @@ pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<Finished
     let file = files.open(&name).map_err(io)?;
     let length = file.len().map_err(io)?;
     let as_stored = |at: u64, buf: &mut [u8]| file.read_exact_at(at, buf);
-    let content = parity::content_length(&as_stored, length);
+    // A pack without parity is read as if there were no such thing.
+    let error = match table_in(&as_stored, (length, length), &path, keys, id) {
+        Ok(found) => return Ok(found),
+        Err(error) => error,
+    };
+    let Some(known) = parity::find(&as_stored, length) else { return Err(error) };
+    let content = known.layout.content;
     let error = match table_in(&as_stored, (content, length), &path, keys, id) {
         Ok(found) => return Ok(found),
         Err(error) => error,
     };
-    let Some(parity) = Parity::load(&as_stored, length) else { return Err(error) };
+    let Some(parity) = Parity::of(&as_stored, known) else { return Err(error) };
     let rebuilder = Rebuilder::new(&parity, &as_stored);
     let again = table_in(&|at, buf| rebuilder.read_at(at, buf), (content, length), &path, keys, id);
     match again {

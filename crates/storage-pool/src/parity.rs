@@ -113,11 +113,6 @@ pub(crate) fn find(read: &ReadAt<'_>, length: u64) -> Option<Found> {
     None
 }
 
-/// Bytes of a pack file of `length` bytes without its parity.
-pub(crate) fn content_length(read: &ReadAt<'_>, length: u64) -> u64 {
-    find(read, length).map_or(length, |found| found.layout.content)
-}
-
 /// What a pack can be rebuilt from.
 pub(crate) struct Parity {
     layout: Layout,

@@ -166,9 +166,9 @@ impl Pool {
     fn others_have<'c>(
         &self,
         id: PackId,
-        mut chunks: impl Iterator<Item = &'c ChunkId>,
+        chunks: impl Iterator<Item = &'c ChunkId>,
     ) -> Result<bool, PoolError> {
-        while let Some(chunk) = chunks.next() {
+        for chunk in chunks {
             let is_there = self.find(chunk)?.into_iter().any(|place| {
                 let domain = self.index().packs().get(&place.pack).map(|info| info.domain);
                 place.pack != id
