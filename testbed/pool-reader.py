@@ -608,13 +608,13 @@ class Pool:
                     self.report(f"{path}: not the name of a pack")
                     continue
                 try:
-                    pack = Pack(self, path, bytes.fromhex(name[:32]))
+                    pack = opened(self, path, bytes.fromhex(name[:32]))
                 except (Damage, OSError) as damage:
                     self.report(str(damage))
                     continue
                 self.packs[pack.id] = pack
                 try:
-                    pack.table = pack.read_table()
+                    pack.table = pack.mending(pack.read_table)
                 except Damage as damage:
                     self.report(str(damage))
                     pack.table = pack.salvage()
@@ -695,12 +695,14 @@ class Pool:
 class Pack:
     """One pack file (section 6)."""
 
-    def __init__(self, pool, path, pack):
+    def __init__(self, pool, path, pack, mended=None):
         self.pool, self.path, self.id = pool, path, pack
         self.length = os.path.getsize(path)
-        with open(path, "rb") as file:
-            self.header = file.read(64)
-        need(len(self.header) == 64, f"{path}: {len(self.header)} bytes are no pack")
+        self.parity, self.mended = Parity.of(path), mended
+        # Where the trailer ends; parity is behind it (6.1).
+        self.end = self.parity.content if self.parity else self.length
+        need(self.end >= 64, f"{path}: {self.length} bytes are no pack")
+        self.header = self.read(0, 64)
         magic, two, self.kind, generation, owner, self.domain, named = struct.unpack("<8s4sHH16s16s16s", self.header)
         need(magic == b"STPPACK1", f"{path}: no pack's magic")
         versions(two, path)
@@ -715,15 +717,25 @@ class Pack:
             file.seek(offset)
             data = file.read(length)
         need(len(data) == length, f"{self.path}: ends before byte {offset + length}")
-        return data
+        return patched(offset, data, self.mended or {})
+
+    def mending(self, work, *words):
+        """What `work` gives; if that is damaged and there is parity, once more with the sectors that it gives."""
+        try:
+            return work(*words)
+        except Damage:
+            if self.parity is None or self.mended is not None:
+                raise
+            self.mended = self.parity.mended(self.pool.report)
+            return work(*words)
 
     def read_table(self):
         """[(chunk id, location)] in order of location."""
-        need(self.length >= 128, f"{self.path}: {self.length} bytes are no pack")
-        trailer = self.read(self.length - 64, 64)
+        need(self.end >= 128, f"{self.path}: {self.end} bytes are no pack")
+        trailer = self.read(self.end - 64, 64)
         magic, offset, stored, chunks, frames, reserved, found = struct.unpack("<8sQIIII32s", trailer)
         need(magic == b"STPPEND1" and reserved == 0, f"{self.path}: no trailer")
-        need(offset % 64 == 0 and 64 <= offset and offset + stored + 64 == self.length,
+        need(offset % 64 == 0 and 64 <= offset and offset + stored + 64 == self.end,
              f"{self.path}: a table of {stored} bytes at {offset}")
         table = self.read(offset, stored)
         need(blake3(self.header + table + trailer[:32]) == found, f"{self.path}: the hash of the table does not fit")
@@ -739,6 +751,9 @@ class Pack:
 
     def frame(self, offset):
         """The chunks of the frame at `offset`."""
+        return self.mending(self.frame_as_it_lies, offset)
+
+    def frame_as_it_lies(self, offset):
         where = f"{self.path}: frame at byte {offset}"
         need(64 <= offset < PACK_END and offset % 64 == 0, f"{where}: no place for a frame")
         head = self.read(offset, 32)
@@ -767,7 +782,7 @@ class Pack:
     def salvage(self):
         """The table that frames themselves tell, where the pack's own is damaged: a frame stands for itself."""
         entries, offset = [], 64
-        while offset + 32 <= min(self.length, PACK_END):
+        while offset + 32 <= min(self.end, PACK_END):
             try:
                 stored = struct.unpack_from("<I", self.read(offset, 8), 4)[0]
                 contents = self.frame(offset)
@@ -779,6 +794,127 @@ class Pack:
                 entries.append((self.pool.chunk_id(self.domain, self.kind, content), offset // 64 * 16 + i))
             offset = -(-(offset + 32 + stored) // 64) * 64
         return entries
+
+
+def opened(pool, path, pack):
+    """A pack; where its header is damaged and it has parity, with the sectors that this gives."""
+    try:
+        return Pack(pool, path, pack)
+    except Damage:
+        parity = Parity.of(path)
+        if parity is None:
+            raise
+        return Pack(pool, path, pack, parity.mended(pool.report))
+
+
+SECTOR = 4096
+
+
+def patched(offset, data, sectors):
+    """`data` of a file from `offset` on, with whole sectors of the file put in the place of theirs."""
+    data = bytearray(data)
+    for index in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)) if sectors else ():
+        if index in sectors:
+            start = max(offset, index * SECTOR)
+            end = min(offset + len(data), (index + 1) * SECTOR)
+            data[start - offset:end - offset] = sectors[index][start - index * SECTOR:end - index * SECTOR]
+    return bytes(data)
+
+
+class Parity:
+    """What stands behind the trailer of a pack in a pool with parity (section 6.1)."""
+
+    def __init__(self, path, content, sectors, groups, short):
+        self.path, self.content, self.sectors, self.groups, self.short = path, content, sectors, groups, short
+        size = 8 * (sectors + groups)
+        self.first = -(-content // SECTOR) * SECTOR
+        self.parity = -(-(self.first + 64 + size) // SECTOR) * SECTOR
+        self.second = self.parity + SECTOR * groups
+        self.end = self.second + size + 64
+        self.places = (self.second, self.first + 64)
+
+    @classmethod
+    def of(cls, path):
+        """The parity of a pack file, or None: the last footer that is right, or the first one."""
+        length = os.path.getsize(path)
+        with open(path, "rb") as file:
+            at, last = length - 64, True
+            while at >= 128:
+                file.seek(at)
+                footer = file.read(64)
+                if last and footer[:8] == b"STPPEND1":
+                    return None
+                if footer[:8] == b"STPPARI1" and blake3(footer[:48])[:16] == footer[48:]:
+                    content, sectors, groups, reserved, short = struct.unpack_from("<QIIQ16s", footer, 8)
+                    if reserved == 0 and sectors == -(-content // SECTOR) and 1 <= groups <= sectors:
+                        found = cls(path, content, sectors, groups, short)
+                        if (found.end == length) if last else (found.first == at):
+                            return found
+                at, last = (length // SECTOR * SECTOR if last else at - SECTOR), False
+        return None
+
+    def read(self, offset, length):
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def hashes(self):
+        size = 8 * (self.sectors + self.groups)
+        for at in self.places:
+            data = self.read(at, size)
+            if blake3(data)[:16] == self.short:
+                return [data[i:i + 8] for i in range(0, size, 8)]
+        return None
+
+    def sector(self, index):
+        """A sector of content, or behind these one of parity."""
+        if index < self.sectors:
+            at = index * SECTOR
+            return self.read(at, min(SECTOR, self.content - at)).ljust(SECTOR, b"\0")
+        return self.read(self.parity + (index - self.sectors) * SECTOR, SECTOR)
+
+    def mended(self, report):
+        """The sectors of content that are damaged and can be rebuilt, by their index."""
+        hashes = self.hashes()
+        if hashes is None:
+            report(f"{self.path}: the hashes of its parity are damaged")
+            return {}
+        bad = {i for i in range(self.sectors + self.groups) if blake3(self.sector(i))[:8] != hashes[i]}
+        found = {}
+        for index in sorted(bad):
+            if index >= self.sectors:
+                report(f"{self.path}: sector {index - self.sectors} of its parity is damaged")
+                continue
+            group = index % self.groups
+            others = [i for i in range(group, self.sectors, self.groups) if i != index] + [self.sectors + group]
+            value = 0
+            for other in others:
+                value ^= int.from_bytes(self.sector(other), "little")
+            data = value.to_bytes(SECTOR, "little")
+            if bad.isdisjoint(others) and blake3(data)[:8] == hashes[index]:
+                found[index] = data
+                report(f"{self.path}: sector {index} is damaged, and was rebuilt from parity")
+            else:
+                report(f"{self.path}: sector {index} is damaged, and cannot be rebuilt: another of its group is too")
+        return found
+
+    def check(self, report):
+        """Holds the parity itself against the page; what it is the parity of is read as frames and table."""
+        size = 8 * (self.sectors + self.groups)
+        if os.path.getsize(self.path) != self.end:
+            report(f"{self.path}: does not end where its parity says")
+        if self.read(self.first, 64) != self.read(self.end - 64, 64):
+            report(f"{self.path}: a footer of its parity is damaged")
+        for at in self.places:
+            if blake3(self.read(at, size))[:16] != self.short:
+                report(f"{self.path}: the hashes of its parity at byte {at} are damaged")
+        behind = self.first + 64 + size
+        if any(self.read(self.content, self.first - self.content) + self.read(behind, self.parity - behind)):
+            report(f"{self.path}: padding of its parity is not zeros")
+        hashes = self.hashes() or []
+        for group, known in enumerate(hashes[self.sectors:]):
+            if blake3(self.sector(self.sectors + group))[:8] != known:
+                report(f"{self.path}: sector {group} of its parity is damaged")
 
 
 def decoded(data, length, where):
@@ -971,6 +1107,8 @@ def verify(pool, options):
         print(f"mended by a later record: {what}")
     chunks = 0
     for pack in pool.packs.values():
+        if pack.parity:
+            pack.parity.check(pool.report)
         wanted = dict((location, chunk) for chunk, location in pack.table)
         for offset in sorted({location // 16 * 64 for location in wanted}):
             try:

@@ -486,6 +486,10 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
                 format!("floor         {} points, {}", it.floor_points, seconds(it.floor_seconds)),
                 format!("soft-delete   {}", seconds(it.soft_delete_seconds)),
                 format!("reclaim hold  {}", seconds(it.reclaim_hold_seconds)),
+                match it.parity_percent {
+                    0 => "parity        none".to_owned(),
+                    percent => format!("parity        {percent} %"),
+                },
             ] {
                 output.text(&line);
             }

@@ -122,6 +122,7 @@ fn creation(args: &CreationArgs) -> PoolCreation {
         soft_delete_seconds: args.soft_delete,
         reclaim_hold_seconds: args.reclaim_hold,
         reserve_bytes: args.reserve,
+        parity_percent: args.parity,
     }
 }
 

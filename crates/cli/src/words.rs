@@ -84,6 +84,9 @@ pub struct CreationArgs {
     /// Room on the volume that backups leave free, such as 1GiB or 0
     #[arg(long, value_name = "SIZE", value_parser = read::size)]
     pub reserve: Option<u64>,
+    /// Parity inside the pool's files against small rot, in percent of their bytes; none otherwise
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=50))]
+    pub parity: Option<u32>,
 }
 
 /// The commands.

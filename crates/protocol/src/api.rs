@@ -413,6 +413,9 @@ pub struct PoolStatus {
     pub soft_delete_seconds: u64,
     /// Seconds between quarantine and deletion.
     pub reclaim_hold_seconds: u64,
+    /// Parity of its packs, in percent of their bytes; 0 for none.
+    #[serde(default)]
+    pub parity_percent: u32,
     /// Whether a known damage waits to be healed.
     pub damaged: bool,
     /// Every stored byte was read and proved since then; absent if some never was since it was stored.

@@ -47,7 +47,13 @@ fn table(n: u64, chunks: std::ops::Range<u64>) -> FinishedPack {
         PackHeader { kind: PackKind::Blocks, generation: 0, pool: POOL, domain: DOMAIN, pack: pack_id(n) };
     let place = |at: u64| Location::new(header.pack, 64 + at as u32 / 4 * (128 << 10), (at % 4) as usize).at;
     let entry = |(at, n)| TableEntry { id: chunk(n), location: place(at) };
-    FinishedPack { header, length: 32 << 20, table: (0..).zip(chunks).map(entry).collect() }
+    FinishedPack {
+        header,
+        length: 32 << 20,
+        content: 32 << 20,
+        table: (0..).zip(chunks).map(entry).collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 /// Writes the file of a pack: header, table, trailer.

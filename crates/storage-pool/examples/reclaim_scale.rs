@@ -42,7 +42,13 @@ fn table(pool: PoolId, domain: DomainId, n: u64, chunks: std::ops::Range<u64>) -
     let header = PackHeader { kind: PackKind::Blocks, generation: 0, pool, domain, pack: id };
     let place = |at: u64| Location::new(id, 64 + at as u32 / 4 * (64 << 10), (at % 4) as usize).at;
     let entry = |(at, n)| TableEntry { id: chunk(n), location: place(at) };
-    FinishedPack { header, length: 0, table: (0..).zip(chunks).map(entry).collect() }
+    FinishedPack {
+        header,
+        length: 0,
+        content: 0,
+        table: (0..).zip(chunks).map(entry).collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 /// Remembers what was drawn: the root key is among it.

@@ -1,7 +1,8 @@
 //! Verifying a folder of which nobody has the keys: a copy at another site, a disk in a shelf.
 //!
 //! Every hash of the format that needs no key is computed: twin files, records and their chain, bundles, each frame,
-//! table and trailer of each pack. What only the root key proves is not: that whoever wrote a file had it, that all packs
+//! table and trailer of each pack, and of its parity, which says what of a damaged pack can be rebuilt: its hashes need no key
+//! either. Nothing is written: a pack cannot be stored again without the keys, and nothing is written over. What only the root key proves is not: that whoever wrote a file had it, that all packs
 //! are there which points need, that nothing was taken from the end of the sequence, and the index, whose hashes are keyed.
 
 use std::collections::BTreeMap;
@@ -20,6 +21,7 @@ use crate::format::ring::{self, Ring};
 use crate::format::{FormatError, bundle, pack, payload, record, twin};
 use crate::in_order::in_order;
 use crate::pool::{HEADER_NAME, key_name};
+use crate::rebuilt::Repaired;
 use crate::verify::{VerifyOptions, VerifyProgress};
 
 /// What a look without keys found.
@@ -29,6 +31,8 @@ pub struct HashReport {
     pub pool: PoolId,
     /// Damaged files, in order of name.
     pub damage: Vec<Damage>,
+    /// Damaged packs of which parity gives sectors back: whoever reads them with the keys, or copies them, has these.
+    pub repairable: Vec<Repaired>,
     /// Packs read.
     pub packs: u64,
     /// Records read.
@@ -63,6 +67,7 @@ pub fn verify_hashes(
         report: HashReport {
             pool,
             damage: Vec::new(),
+            repairable: Vec::new(),
             packs: 0,
             records: 0,
             runs: 0,
@@ -257,7 +262,15 @@ impl Look<'_> {
                 Some(found) => {
                     self.report.packs += 1;
                     self.report.bytes_read += length;
-                    found.map_or_else(|error| vec![(0, error.to_string())], |found| found.damaged)
+                    match found {
+                        Err(error) => vec![(0, error.to_string())],
+                        Ok(found) => {
+                            let sectors = found.sectors.len() as u64;
+                            let repairable = (sectors > 0).then_some(Repaired { pack: *id, sectors });
+                            self.report.repairable.extend(repairable);
+                            found.damaged
+                        }
+                    }
                 }
             };
             for (offset, reason) in damaged {

@@ -10,6 +10,8 @@
 //! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
 //! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`]
 //!   frees what no point needs, through a deletion service of its own.
+//! - Packs may carry parity ([`format::parity`]); what is damaged and can be rebuilt is told by [`Pool::rebuilt_since`], and
+//!   stored again by a verify that may write.
 //! - [`mod@copy`] keeps a second copy of the encrypted files.
 //! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
 //!
@@ -48,12 +50,15 @@ pub mod layout;
 pub mod map;
 mod mark;
 mod packs;
+mod parity;
 mod pass;
 mod point_device;
 mod pool;
 pub mod proofs;
+mod rebuilt;
 pub mod recipients;
 pub mod reclaim;
+mod repair;
 mod reserve;
 mod rings;
 mod sequence;
@@ -69,3 +74,5 @@ pub use map::{MapEditor, MapReader, MapRoot};
 pub use packs::PACK_BYTES;
 pub use point_device::PointDevice;
 pub use pool::{Access, Created, Pool, PoolHeader, PoolNodes, Settings, World, key_name, read_header};
+pub use rebuilt::Repaired;
+pub use repair::{Repair, StoredAgain};

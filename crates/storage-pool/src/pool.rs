@@ -15,6 +15,7 @@ use crate::bundle::{self, Span};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
 use crate::format::pack::PackKind;
+use crate::format::parity;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
 use crate::index::{Index, Tables};
@@ -22,6 +23,7 @@ use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
 use crate::packs::{self, FinishedPack, PackReader, PackWriter};
+use crate::rebuilt::Repaired;
 use crate::rings::{self, RecipientKind, wrap_root};
 use crate::sequence::{self, Appender, Tip, Unpublished};
 use crate::sorter::Room;
@@ -45,6 +47,8 @@ pub struct Settings {
     pub zstd_level: i32,
     /// Bytes that ingests leave free on the volume; none at creation for a hundredth of the volume, 1 MiB to 1 GiB.
     pub reserve: Option<u64>,
+    /// Parity that packs get, in percent of their bytes (section 6.1); 0 for none.
+    pub parity_percent: u32,
 }
 
 impl Default for Settings {
@@ -59,6 +63,7 @@ impl Default for Settings {
             breaker_percent: 50,
             zstd_level: 3,
             reserve: None,
+            parity_percent: 0,
         }
     }
 }
@@ -74,6 +79,7 @@ impl Settings {
             breaker_percent: 100,
             zstd_level: 3,
             reserve: Some(0),
+            parity_percent: 0,
         }
     }
 }
@@ -228,6 +234,7 @@ impl Pool {
                 breaker_percent: settings.breaker_percent,
                 zstd_level: settings.zstd_level,
                 reserve: settings.reserve.unwrap_or_else(|| default_reserve(&*world.files)),
+                parity_percent: settings.parity_percent.min(parity::MAX_PERCENT),
             }),
         };
         // The header comes last of the files that never change: a folder without it is no pool.
@@ -1049,9 +1056,28 @@ impl Pool {
         if !self.tables().meet(pack) {
             return;
         }
-        if let Ok(table) = packs::read_table(&*self.world.files, &self.keys, pack) {
+        if let Ok(table) = self.read_table(pack) {
             self.tables().hold(&table);
         }
+    }
+
+    /// A mark for [`Pool::rebuilt_since`].
+    pub fn rebuilt_mark(&self) -> u64 {
+        self.reader.rebuilt.mark()
+    }
+
+    /// What anybody who read from this pool since a mark met damaged and had from parity.
+    pub fn rebuilt_since(&self, mark: u64) -> Vec<Repaired> {
+        self.reader.rebuilt.since(mark)
+    }
+
+    /// Header and table of a pack; that parity was needed for them is told like any other.
+    pub(crate) fn read_table(&self, id: PackId) -> Result<FinishedPack, PoolError> {
+        let table = packs::read_table(&*self.world.files, &self.keys, id)?;
+        if !table.rebuilt.is_empty() {
+            self.reader.rebuilt.note(id, table.rebuilt.iter().copied());
+        }
+        Ok(table)
     }
 
     pub(crate) fn forget_pack(&self, pack: PackId) {
@@ -1129,6 +1155,7 @@ pub fn read_header(world: &World) -> Result<(PoolHeader, Option<Damage>), PoolEr
             breaker_percent: settings.breaker_percent,
             zstd_level: settings.zstd_level,
             reserve: Some(settings.reserve),
+            parity_percent: settings.parity_percent.min(parity::MAX_PERCENT),
         },
     };
     Ok((header, twin.damage.map(|damage| twin_damage(path, &damage))))

@@ -322,8 +322,8 @@ impl Pool {
         }
     }
 
-    /// Of these packs, those of which everything that is used can be read. Damage of the others is recorded: they stay,
-    /// for whatever can still be made of them.
+    /// Of these packs, those of which everything that is used can be read, if need be by parity. Damage of the others is
+    /// recorded: they stay, for whatever can still be made of them.
     fn sound_only(&self, packs: Vec<Sparse>) -> Result<Vec<Sparse>, PoolError> {
         let mut sound = Vec::new();
         for pack in packs {
@@ -332,7 +332,7 @@ impl Pool {
                 pack.used.iter().map(|&at| Location { pack: pack.id, at }.frame()).collect();
             let damaged: Vec<u32> = frames
                 .into_iter()
-                .filter(|&at| !self.reader.is_sound(Location::new(pack.id, at, 0), info.domain))
+                .filter(|&at| !self.reader.is_there(Location::new(pack.id, at, 0), info.domain))
                 .collect();
             if damaged.is_empty() {
                 sound.push(pack);
@@ -349,16 +349,18 @@ impl Pool {
         Ok(sound)
     }
 
-    /// Stored bytes of chunks of a pack: the share of each in its frame.
+    /// Stored bytes of chunks of a pack: the share of each in its frame, and in the pack's parity.
     fn live_bytes(&self, id: PackId, used: &BTreeSet<u32>) -> Result<u64, PoolError> {
-        let table = match packs::read_table(&*self.world.files, &self.keys, id) {
+        let table = match self.read_table(id) {
             Ok(table) => table,
             Err(error @ PoolError::Io { .. }) => return Err(error),
             // A damaged table: leave the pack alone.
             Err(_) => return Ok(u64::MAX / 2000),
         };
         let shares = packs::shares(&table);
-        Ok(used.iter().filter_map(|at| shares.get(at)).sum())
+        let live: u64 = used.iter().filter_map(|at| shares.get(at)).sum();
+        // Both what is written and what is freed have their parity with them.
+        Ok((u128::from(live) * u128::from(table.length) / u128::from(table.content.max(1))) as u64)
     }
 
     /// Copies what is used of packs into new packs, durable and indexed. Each chunk is decoded and compared with its id on
@@ -373,7 +375,7 @@ impl Pool {
             Ok(())
         };
         for pack in packs {
-            let table = packs::read_table(&*self.world.files, &self.keys, pack.id)?;
+            let table = self.read_table(pack.id)?;
             let PackHeader { domain, kind, .. } = table.header;
             let keys = self.domain_keys(domain);
             let (chunk_kind, group) = match kind {
@@ -423,6 +425,7 @@ impl Pool {
                         PackWriter::begin(self.world.files.clone(), self.id(), &keys, kind, id)?
                     }
                 };
+                writer.parity = self.settings().parity_percent;
                 writer.put(codec, &encoded, decoded as u32, part)?;
                 if writer.length() >= packs::PACK_BYTES {
                     finish(writer)?;
@@ -621,7 +624,7 @@ impl Pool {
         // A writer that could not read the permit may have shared what it names since.
         let leftovers: Vec<PackId> = open.values().flatten().copied().collect();
         for part in leftovers.chunks(TABLES_TOGETHER) {
-            let read = |pack: &PackId| packs::read_table(&*self.world.files, &self.keys, *pack).ok();
+            let read = |pack: &PackId| self.read_table(*pack).ok();
             let tables: Vec<FinishedPack> = part.iter().filter_map(read).collect();
             let part: HashSet<PackId> = part.iter().copied().collect();
             self.with_marks(&tables, |marks| {

@@ -23,9 +23,9 @@ use crate::in_order::in_order;
 use crate::index::PackInfo;
 use crate::keys::frame_nonce;
 use crate::map::{MapReader, MapRoot, NodeSource};
-use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
 use crate::proofs::{self, Part, Proof, place};
+use crate::repair::{Repair, StoredAgain};
 use crate::rings::is_ring_proved;
 use crate::state::{self, State};
 use prost::Message;
@@ -84,6 +84,10 @@ pub struct VerifyReport {
     pub lost_blocks: u64,
     /// Frames that are damaged and were not known to be, by pack; none named if the pack as a whole is lost.
     pub new_damage: Vec<(PackId, Vec<u32>)>,
+    /// Damaged packs of which parity gives something. Whoever may write stores that again.
+    pub repairs: Vec<Repair>,
+    /// What became of these, where this process may write.
+    pub stored_again: Vec<StoredAgain>,
     /// Points that were proved whole by reading every byte.
     pub proved_points: Vec<RecoveryPointId>,
     /// What was read to the last byte, and is not recorded yet.
@@ -106,6 +110,7 @@ impl VerifyReport {
     fn note(&mut self, id: PackId, found: Examined, state: &State, bad: &mut HashMap<PackId, BTreeSet<u32>>) {
         self.packs += 1;
         self.bytes_read += found.read;
+        self.repairs.extend(found.repair);
         // A pack whose table is damaged still serves its frames.
         if !found.frames.is_empty() {
             if found.frames.iter().any(|frame| state.is_healthy(id, *frame)) {
@@ -263,7 +268,8 @@ impl Pool {
             }
             if due.is_some() && self.is_writable() {
                 // A stop does not lose what was done so far.
-                self.record_verified(&report)?;
+                let stored = self.record_verified(&report)?;
+                report.stored_again.extend(stored);
                 report.proved.clear();
             }
         }
@@ -281,7 +287,8 @@ impl Pool {
                 .collect();
         }
         if self.is_writable() {
-            self.record_verified(&report)?;
+            let stored = self.record_verified(&report)?;
+            report.stored_again.extend(stored);
         }
         Ok(report)
     }
@@ -296,9 +303,14 @@ impl Pool {
         state.proofs.due(now, created, every.saturating_mul(Timestamp::SECOND))
     }
 
-    /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole. A reader
-    /// that verified beside a writer hands its report to the next one who may write.
-    pub fn record_verified(&self, report: &VerifyReport) -> Result<(), PoolError> {
+    /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole; and stores
+    /// again what packs give only by their parity, before that is recorded. A reader that verified beside a writer hands
+    /// its report to the next one who may write.
+    pub fn record_verified(&self, report: &VerifyReport) -> Result<Vec<StoredAgain>, PoolError> {
+        let mut stored = Vec::new();
+        for repair in &report.repairs {
+            stored.extend(self.store_again(repair)?);
+        }
         for (pack, frames) in &report.new_damage {
             let state = self.state().clone();
             let is_known = match frames.as_slice() {
@@ -331,7 +343,7 @@ impl Pool {
             let record = payload::Proved { from: part.from, length: part.length, packs, bytes };
             self.append(Kind::Proved, &record)?;
         }
-        Ok(())
+        Ok(stored)
     }
 
     /// The header, and the key files of every recipient: their bytes and whose they are, not whether anybody's secret
@@ -398,7 +410,20 @@ impl Pool {
 
     fn examine_structure(&self, id: PackId) -> Examined {
         let path = self.world.files.display(&pack::name(id));
-        match packs::read_table(&*self.world.files, &self.keys, id) {
+        match self.read_table(id) {
+            Ok(table) if !table.rebuilt.is_empty() => Examined {
+                read: table.table.len() as u64 * 20 + 128,
+                damage: vec![Damage::File {
+                    path,
+                    offset: 0,
+                    reason: format!(
+                        "{} sectors of its header or table were rebuilt from parity",
+                        table.rebuilt.len()
+                    ),
+                    derived: false,
+                }],
+                ..Examined::default()
+            },
             Ok(table) => Examined { read: table.table.len() as u64 * 20 + 128, ..Examined::default() },
             // The frames may all be right: only reading them tells.
             Err(error) => Examined {
@@ -440,7 +465,7 @@ impl Pool {
             places.entry(place.frame()).or_default().push((chunk, place));
         };
         let mut generation = None;
-        match packs::read_table(files, &self.keys, id) {
+        match self.read_table(id) {
             Ok(table) => {
                 generation = Some(table.header.generation);
                 table.table.iter().for_each(|entry| add(entry.id, entry.location));
@@ -494,7 +519,16 @@ impl Pool {
             examine::examine(files, self.id(), id, reading, Some(&mut prove)).unwrap_or_else(|error| {
                 PackExamination { damaged: vec![(0, error.to_string())], ..PackExamination::default() }
             });
-        let mut examined = Examined { read: walked.length, frames: walked.frames, damage: Vec::new() };
+        let mut examined = Examined { read: walked.length, frames: walked.frames, ..Examined::default() };
+        let sectors = walked.sectors.len() as u64;
+        if !walked.sectors.is_empty() {
+            self.reader.rebuilt.note(id, walked.sectors);
+            self.forget_pack(id);
+        }
+        if sectors > 0 || walked.is_whole && !walked.damaged.is_empty() {
+            examined.repair =
+                Some(Repair { pack: id, sectors, frames: walked.rebuilt, is_whole: walked.is_whole });
+        }
         let damage =
             |offset: u64, reason: String| Damage::File { path: path.clone(), offset, reason, derived: false };
         examined.damage.extend(walked.damaged.into_iter().map(|(offset, reason)| damage(offset, reason)));
@@ -729,7 +763,9 @@ impl NodeSource for CheckedNodes<'_> {
 #[derive(Default)]
 struct Examined {
     damage: Vec<Damage>,
-    /// Frames that are damaged.
+    /// Frames that are damaged and cannot be had.
     frames: BTreeSet<u32>,
+    /// What parity gives of it.
+    repair: Option<Repair>,
     read: u64,
 }

@@ -287,6 +287,7 @@ impl Service for AppService {
             floor_seconds: settings.floor_age,
             soft_delete_seconds: settings.soft_delete,
             reclaim_hold_seconds: settings.reclaim_hold,
+            parity_percent: settings.parity_percent,
             damaged: pool.has_known_damage() || !pool.state().unreadable.is_empty(),
             proved_since: pool.state().proofs.oldest().map(protocol::api::Time),
         })

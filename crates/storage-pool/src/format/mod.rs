@@ -7,6 +7,7 @@ pub mod bundle;
 pub mod key;
 pub mod node;
 pub mod pack;
+pub mod parity;
 pub mod payload;
 pub mod record;
 pub mod ring;

@@ -79,6 +79,9 @@ pub struct Settings {
     /// Bytes that ingests leave free on the volume.
     #[prost(uint64, tag = "7")]
     pub reserve: u64,
+    /// Parity of packs, in percent of their bytes; 0 for none.
+    #[prost(uint32, tag = "8")]
+    pub parity_percent: u32,
 }
 
 /// Takeover (2).

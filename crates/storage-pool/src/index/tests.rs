@@ -36,7 +36,13 @@ fn table(n: u32, chunks: std::ops::Range<u64>) -> FinishedPack {
         id: chunk(n),
         location: Location::new(header.pack, 64 + at as u32 / 16 * 64, at % 16).at,
     });
-    FinishedPack { header, length: 1 << 20, table: table.collect() }
+    FinishedPack {
+        header,
+        length: 1 << 20,
+        content: 1 << 20,
+        table: table.collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 fn index(files: &Arc<SimulatedFiles>) -> Index {
