@@ -370,8 +370,16 @@ impl PackReader {
         if let [only] = generations[..] {
             return keys.pack(only, pack);
         }
-        let mut raw = [0u8; HEADER];
-        let header = file.read_exact_at(0, &mut raw).ok().and_then(|()| PackHeader::decode(&raw).ok());
+        let header = |read: &ReadAt<'_>| {
+            let mut raw = [0u8; HEADER];
+            read(0, &mut raw).ok().and_then(|()| PackHeader::decode(&raw).ok())
+        };
+        let as_stored = |at: u64, buf: &mut [u8]| file.read_exact_at(at, buf);
+        let header = header(&as_stored).or_else(|| {
+            let parity = Parity::load(&as_stored, file.len().ok()?)?;
+            let rebuilder = Rebuilder::new(&parity, &as_stored);
+            header(&|at, buf| rebuilder.read_at(at, buf))
+        });
         let stated = header.map(|header| header.generation).filter(|generation| self.keys.knows(*generation));
         let read = |at: u64, buf: &mut [u8]| {
             file.read_exact_at(at, buf).map_err(|source| PoolError::io(String::new(), "read", source))
