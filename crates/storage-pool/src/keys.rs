@@ -119,6 +119,11 @@ impl Keys {
         derive("stillpoint pool v1 run key", &[&self.root.0, &self.pool.0, &number.to_le_bytes()])
     }
 
+    /// Key of the hashes of the file of counts `number`.
+    pub fn counts(&self, number: u64) -> [u8; 32] {
+        derive("stillpoint pool v1 counts key", &[&self.root.0, &self.pool.0, &number.to_le_bytes()])
+    }
+
     /// Keys of a domain.
     pub fn domain(&self, domain: DomainId) -> DomainKeys {
         DomainKeys {

@@ -77,6 +77,12 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
             _ => field(&[(0, "run: header"), (64, "run: pages, filters, tail")]),
         };
     }
+    if name.ends_with(".counts") {
+        return match end {
+            0..=96 => "counts: trailer".to_owned(),
+            _ => field(&[(0, "counts: header"), (64, "counts: pages, tail")]),
+        };
+    }
     if name.ends_with(".records") {
         return match end {
             0..=32 => "bundle: hash".to_owned(),
