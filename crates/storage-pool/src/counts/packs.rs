@@ -320,7 +320,8 @@ pub(crate) fn contradicts(
     let pack = |place: &ViewPlace| marks.view.packs.get(place.pack as usize);
     while let Some((id, is_needed, places)) = groups.next()? {
         let is_due = |place: &ViewPlace| pack(place).is_some_and(|(id, _)| due.contains(id));
-        if !is_same && !(is_needed && places.iter().all(is_due)) {
+        let is_compared = is_same || is_needed && places.iter().all(is_due);
+        if !is_compared {
             continue;
         }
         let count = match sums.of(&id) {

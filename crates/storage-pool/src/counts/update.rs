@@ -141,7 +141,7 @@ impl Pool {
         let walk = Walk::of(self, moment);
         for level in (0..=MAX_LEVELS).rev() {
             // Level 0 are leaves, whose children are blocks: one more step than there are levels.
-            let mut ids = match level {
+            let ids = match level {
                 0 => below.take().unwrap_or_else(sorter),
                 _ => match (levels.pop(), below.take()) {
                     (Some(mut roots), Some(children)) => {
@@ -162,8 +162,7 @@ impl Pool {
             }
             let is_nodes = level > 0;
             let mut nodes = Sorter::<NODE>::new(&self.world.files, self.room, distinct);
-            changes +=
-                step(&walk, moment, store, &mut ids, &mut fresh, touched, is_nodes.then_some(&mut nodes))?;
+            changes += step(&walk, moment, store, &ids, &mut fresh, touched, is_nodes.then_some(&mut nodes))?;
             if is_nodes {
                 let mut children = sorter();
                 self.count_children(&walk, &nodes.finish(), level - 1, &mut children)?;
@@ -356,7 +355,7 @@ fn step(
     walk: &Walk<'_>,
     moment: &Moment,
     store: &Store,
-    ids: &mut Sorted<CHANGE>,
+    ids: &Sorted<CHANGE>,
     fresh: &mut Sorter<CHANGE>,
     touched: &mut Sorter<16>,
     mut nodes: Option<&mut Sorter<NODE>>,
