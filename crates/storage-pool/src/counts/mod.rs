@@ -18,6 +18,5 @@ mod store;
 mod tests;
 mod update;
 
-pub(crate) use packs::contradicts;
+pub(crate) use packs::{Counted, contradicts};
 pub(crate) use store::{Failure, examine, superseded};
-pub(crate) use update::Counted;

@@ -17,7 +17,6 @@ use crate::sorter::{Sorted, Sorter, distinct};
 use crate::state::State;
 
 use super::store::{CHANGE, Failure, Packs, Store, row};
-use super::update::Counted;
 
 /// So many packs that are new are looked at one by one, however few there are.
 const FEW: usize = 64;
@@ -26,6 +25,34 @@ const PART: usize = 8;
 
 /// The packs of a view, in its order.
 pub(crate) type Rows = Vec<PackRow>;
+
+/// The counts of one moment.
+pub(crate) struct Counted {
+    pub(super) moment: Moment,
+    /// The counts.
+    pub store: Store,
+    /// Figures of the packs of the view.
+    pub rows: Rows,
+    /// Why everything was counted anew, if it was.
+    pub anew: Option<String>,
+}
+
+impl Counted {
+    /// The index then.
+    pub fn view(&self) -> &View {
+        &self.moment.view
+    }
+
+    /// The state then.
+    pub fn state(&self) -> &State {
+        &self.moment.state
+    }
+
+    /// Points whose soft-delete period is over.
+    pub fn expired(&self) -> u64 {
+        self.moment.expired
+    }
+}
 
 /// Tells `each` of the places in which a needed chunk is needed.
 pub(crate) fn homes(

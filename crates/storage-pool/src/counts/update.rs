@@ -11,14 +11,13 @@ use crate::error::PoolError;
 use crate::format::counts::CountsTail;
 use crate::format::node::MAX_LEVELS;
 use crate::format::run::{PagesOf, RunWriter, counts_name};
-use crate::index::{Run, View};
+use crate::index::Run;
 use crate::mark::{Moment, NODE, Walk, node, of_node};
 use crate::pool::Pool;
 use crate::sequence::{self, Unpublished};
 use crate::sorter::{Sorted, Sorter, distinct};
-use crate::state::State;
 
-use super::packs::{PackFigures, Rows, by_id, contradiction, difference, homes, ids};
+use super::packs::{Counted, PackFigures, Rows, by_id, contradiction, difference, homes, ids};
 use super::store::{CHANGE, Failure, Store, Sums, change, entry, newest, of_change, packs_of, summed};
 
 /// Bytes that are collected before they are written.
@@ -30,34 +29,6 @@ const TAIL_BYTES: u64 = 48;
 /// What owns a node of which the children are to be counted once more, or once less.
 const CAME: u64 = 0;
 const WENT: u64 = 1;
-
-/// The counts of one moment.
-pub(crate) struct Counted {
-    pub(super) moment: Moment,
-    /// The counts.
-    pub store: Store,
-    /// Figures of the packs of the view.
-    pub rows: Rows,
-    /// Why everything was counted anew, if it was.
-    pub anew: Option<String>,
-}
-
-impl Counted {
-    /// The index then.
-    pub fn view(&self) -> &View {
-        &self.moment.view
-    }
-
-    /// The state then.
-    pub fn state(&self) -> &State {
-        &self.moment.state
-    }
-
-    /// Points whose soft-delete period is over.
-    pub fn expired(&self) -> u64 {
-        self.moment.expired
-    }
-}
 
 impl Pool {
     /// Brings the counts up to date with the points that are needed now, and writes them. If they are damaged, or
