@@ -992,8 +992,88 @@ class Run:
         need(all(position < packs for _, position, _ in self.entries), f"{path}: an entry of a pack that is not listed")
 
 
+class Counts:
+    """One file of reference counts (section 7.1)."""
+
+    def __init__(self, pool, path, number):
+        self.path, self.number = path, number
+        data = read_file(path)
+        need(len(data) >= 160, f"{path}: {len(data)} bytes are no file of counts")
+        header, trailer = data[:64], data[-96:]
+        magic, two, generation, reserved, owner, found, rest = struct.unpack("<8s4sH2s16sQ24s", header)
+        key = pool.derive("counts key", pool.root(generation, path), pool.id, struct.pack("<Q", number))
+        need(magic == b"STPCNT_1" and reserved == bytes(2) and rest == bytes(24), f"{path}: no header of counts")
+        versions(two, path)
+        need(owner == pool.id and found == number, f"{path}: of pool {owner.hex()}, number {found}")
+        magic, entries, packs, below, pages, _, more, rest, tail_hash, own = struct.unpack(
+            "<8sQIIIQQ4s32s16s", trailer)
+        need(magic == b"STPCNTE1" and packs == 0 and rest == bytes(4), f"{path}: no trailer of counts")
+        need(blake3_keyed(key, header + trailer[:80])[:16] == own, f"{path}: the hash of the trailer does not fit")
+        need(pages == -(-entries // 185), f"{path}: {pages} pages for {entries} entries")
+        need(len(data) == 64 + 4096 * pages + 8 * below + 8 * pages + more + 96, f"{path}: {len(data)} bytes")
+        tail = data[64 + 4096 * pages:-96]
+        need(blake3_keyed(key, header + tail) == tail_hash, f"{path}: the hash of the tail does not fit")
+        self.below = [number for (number,) in struct.iter_unpack("<Q", tail[:8 * below])]
+        self.changes = []
+        for number in range(pages):
+            page = data[64 + 4096 * number:64 + 4096 * (number + 1)]
+            need(struct.unpack_from("<QH", page, 4070) == (number, 0), f"{path}: page {number} is another one")
+            need(blake3_keyed(key, page[:4080])[:16] == page[4080:], f"{path}: page {number}: its hash does not fit")
+            count = min(185, entries - 185 * number)
+            need(not any(page[22 * count:4070]), f"{path}: page {number}: bytes behind its last entry")
+            for i in range(count):
+                entry = page[22 * i:22 * i + 22]
+                self.changes.append((entry[:16], int.from_bytes(entry[16:], "little", signed=True)))
+            first = struct.unpack_from("<Q", tail, 8 * below + 8 * number)[0]
+            need(int.from_bytes(page[:8], "big") == first, f"{path}: page {number}: another first id")
+        found = [chunk for chunk, _ in self.changes]
+        need(found == sorted(set(found)), f"{path}: ids do not ascend")
+        more = tail[8 * below + 8 * pages:]
+        need(len(more) >= 48, f"{path}: {len(more)} bytes of roots and packs")
+        roots, rows = struct.unpack_from("<II", more, 40)
+        need(len(more) == 48 + 24 * roots + 40 * rows, f"{path}: {len(more)} bytes of {roots} roots and {rows} packs")
+        self.roots = [struct.unpack_from("<16sB3sI", more, 48 + 24 * i) for i in range(roots)]
+        self.packs = [struct.unpack_from("<16sQIIII", more, 48 + 24 * roots + 40 * i) for i in range(rows)]
+
+
+def check_counts(pool, files):
+    """The newest counts against the maps of the roots that they name, as far as these are still there."""
+    if not files:
+        return
+    newest = files[max(files)]
+    found = collections.Counter()
+    for number in newest.below + [newest.number]:
+        if number not in files:
+            pool.report(f"{newest.path}: stands on file {number}, which is not there")
+            return
+        for chunk, change in files[number].changes:
+            found[chunk] += change
+    domains = {chunk: domain for domain, kind, chunk in pool.chunks if kind == 2}
+    expected = collections.Counter()
+    seen, todo = set(), []
+    for root, level, _, times in newest.roots:
+        expected[root] += times
+        todo.append((root, level))
+    while todo:
+        chunk, level = todo.pop()
+        if chunk in seen:
+            continue
+        seen.add(chunk)
+        if chunk not in domains:
+            # A point went since, and its nodes with it.
+            return
+        data = pool.chunk(domains[chunk], 2, chunk)
+        for child in set(ids(data[20:], "map node")):
+            expected[child] += 1
+            if level > 0:
+                todo.append((child, level - 1))
+    for chunk in sorted(set(found) | set(expected)):
+        if found[chunk] != expected[chunk]:
+            pool.report(f"{newest.path}: chunk {chunk.hex()} has a count of {found[chunk]}, expected {expected[chunk]}")
+
+
 def check_runs(pool):
-    runs = {}
+    runs, counts = {}, {}
     for name in sorted(os.listdir(pool.path("index"))) if os.path.isdir(pool.path("index")) else []:
         path = pool.path("index", name)
         if re.fullmatch(r"[0-9a-f]{16}\.run", name):
@@ -1006,8 +1086,17 @@ def check_runs(pool):
                 check_bundle(pool, path, int(name[:16], 16), int(name[17:33], 16))
             except (Damage, OSError) as damage:
                 pool.report(str(damage))
+        elif re.fullmatch(r"[0-9a-f]{16}\.counts", name):
+            try:
+                counts[int(name[:16], 16)] = Counts(pool, path, int(name[:16], 16))
+            except (Damage, OSError) as damage:
+                pool.report(str(damage))
         else:
-            pool.report(f"{path}: neither a run nor a bundle")
+            pool.report(f"{path}: neither a run, nor counts, nor a bundle")
+    try:
+        check_counts(pool, counts)
+    except (Damage, OSError) as damage:
+        pool.report(str(damage))
     gone = {number for run in runs.values() for number in run.superseded}
     for run in runs.values():
         if run.number in gone:

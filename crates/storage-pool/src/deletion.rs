@@ -48,7 +48,8 @@ pub fn run_deletion_service(
             }
         }
     }
-    for name in crate::bundle::superseded(&*world.files, &keys)? {
+    let bundles = crate::bundle::superseded(&*world.files, &keys)?;
+    for name in bundles.into_iter().chain(crate::counts::superseded(&*world.files, &keys)?) {
         removal.remove(&name).map_err(|source| io(&name, source))?;
     }
     if runs.is_empty() {

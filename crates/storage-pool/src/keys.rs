@@ -265,6 +265,11 @@ impl Keys {
         self.derived("stillpoint pool v1 run key", generation, &number.to_le_bytes())
     }
 
+    /// Key of the hashes of the file of counts `number`.
+    pub fn counts(&self, generation: u16, number: u64) -> Result<[u8; 32], PoolError> {
+        self.derived("stillpoint pool v1 counts key", generation, &number.to_le_bytes())
+    }
+
     /// Keys of a domain. The id key is the first generation's for ever, so that equal content keeps its id.
     pub fn domain(&self, domain: DomainId) -> DomainKeys {
         // Whoever has no first root has no way into the pool at all: see `recipients::open`.

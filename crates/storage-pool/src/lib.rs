@@ -30,11 +30,16 @@
 //! Nothing waits for a reclaim, and a reclaim waits for nothing: what it may not touch yet is left for the next one. The
 //! rules are at the head of [`mod@reclaim`].
 
+// The world of the tests, in tests/rig, also serves those inside.
+#[cfg(test)]
+extern crate self as storage_pool;
+
 mod account;
 mod activity;
 mod bundle;
 pub mod chunk;
 pub mod copy;
+mod counts;
 pub mod deletion;
 pub mod error;
 mod examine;

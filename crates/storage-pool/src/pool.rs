@@ -710,7 +710,8 @@ impl Pool {
         result
     }
 
-    fn heed_naming(&self, error: &PoolError) {
+    /// If a name may not last, nothing more is written (INV-5).
+    pub(crate) fn heed_naming(&self, error: &PoolError) {
         if let PoolError::Io { action: sequence::NAMING, .. } = error {
             self.break_writer(error);
         }

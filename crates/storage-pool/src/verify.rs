@@ -190,6 +190,9 @@ impl Pool {
             let reserve = self.settings().reserve.unwrap_or(0);
             report.damage.extend(crate::reserve::examine(&*self.world.files, self.id(), reserve)?);
         }
+        if is_index_due {
+            report.damage.extend(crate::counts::examine(&*self.world.files, &self.keys)?);
+        }
         let runs = if is_index_due { self.index().examine() } else { Vec::new() };
         for damage in &runs {
             if let Damage::File { path, .. } = damage {

@@ -80,6 +80,12 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
     if name.ends_with(".key") || name.ends_with(".ring") {
         return "key file or ring: sections 3.1 and 3.4".to_owned();
     }
+    if name.ends_with(".counts") {
+        return match end {
+            0..=96 => "counts: trailer".to_owned(),
+            _ => field(&[(0, "counts: header"), (64, "counts: pages, tail")]),
+        };
+    }
     if name.ends_with(".records") {
         return match end {
             0..=32 => "bundle: hash".to_owned(),

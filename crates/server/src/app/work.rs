@@ -13,7 +13,7 @@ use protocol::api::{
     RemoveData, Started, Synchronize, Time,
 };
 use storage_pool::StoredAgain;
-use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::reclaim::{CountsUse, ReclaimOptions};
 use storage_pool::verify::{Depth, VerifyOptions};
 
 use super::runner::{Done, RunningJob, Work};
@@ -537,6 +537,24 @@ impl App {
                 report.held_bytes
             ),
         );
+        match &report.counts {
+            CountsUse::Kept => {}
+            CountsUse::Unused => job.log(
+                LogLevel::Info,
+                "There was no room for the reference counts: all recovery points were looked at instead.".to_owned(),
+            ),
+            CountsUse::Anew(reason) => job.log(
+                LogLevel::Warning,
+                format!("The reference counts could not be used and were made anew: {reason}."),
+            ),
+            CountsUse::Wrong(reason) => job.log(
+                LogLevel::Warning,
+                format!(
+                    "The reference counts were wrong, so nothing was removed, and they were made anew; the next reclaim \
+                     goes on: {reason}."
+                ),
+            ),
+        }
         if report.waiting_bytes > 0 {
             job.log(
                 LogLevel::Info,
@@ -788,6 +806,7 @@ fn reclaim_options(options: &api::Reclaim, dry_run: bool) -> ReclaimOptions {
         hold: options.hold_seconds,
         breaker_percent: options.breaker_percent.map(u32::from),
         dry_run,
+        ..ReclaimOptions::default()
     }
 }
 

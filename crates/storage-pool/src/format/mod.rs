@@ -4,6 +4,7 @@
 
 pub mod ballast;
 pub mod bundle;
+pub mod counts;
 pub mod key;
 pub mod node;
 pub mod pack;

@@ -13,7 +13,7 @@ use environment::Files;
 use super::run_file::{Cursor, Run};
 use crate::chunk::{ChunkId, Location, PackId};
 use crate::error::PoolError;
-use crate::format::run::{self, RunEntry, RunPack, RunWriter};
+use crate::format::run::{self, PagesOf, RunEntry, RunPack, RunWriter};
 use crate::keys::Keys;
 use crate::sequence::{self, Unpublished};
 
@@ -128,7 +128,7 @@ impl Build {
         let mut file = self.files.create(name).map_err(failed)?;
         let generation = self.keys.generation();
         let key = self.keys.run(generation, number).map_err(Unpublished::Failed)?;
-        let mut writer = RunWriter::new(key, generation, self.keys.pool(), number);
+        let mut writer = RunWriter::new(PagesOf::Places, key, generation, self.keys.pool(), number);
         let mut sources: Vec<Source<'_>> = self
             .runs
             .iter()
@@ -165,7 +165,7 @@ impl Build {
                 writer.take(|bytes| file.append(bytes)).map_err(failed)?;
             }
         }
-        writer.finish(&self.packs, &self.superseded, self.head);
+        writer.finish(&self.packs, &self.superseded, self.head, &[]);
         writer.take(|bytes| file.append(bytes)).map_err(failed)?;
         sequence::publish_file(&*self.files, name, file)
     }

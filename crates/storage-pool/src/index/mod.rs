@@ -31,7 +31,8 @@ use crate::packs;
 pub use crate::packs::{FinishedPack, read_table};
 use build::Naming;
 pub use build::{Build, Built};
-use run_file::{Ends, Run};
+use run_file::Ends;
+pub(crate) use run_file::{Cursor, Run};
 pub use tables::Tables;
 pub(crate) use view::{Bits, View, ViewPlace};
 
