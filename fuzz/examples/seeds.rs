@@ -17,7 +17,7 @@ type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
     let root =
-        std::env::args_os().nth(1).map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        std::env::args_os().nth(1).map_or_else(|| PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").unwrap_or_default()), PathBuf::from);
     let corpus = root.join("corpus");
     let scratch = tempfile::tempdir()?;
     let raw = scratch.path().join("disk.raw");

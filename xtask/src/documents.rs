@@ -7,9 +7,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The root of the project.
+/// The root of the project. Asked for when it runs: a build folder may outlive the clone that it was built in.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from("."), |xtask| Path::new(&xtask).join(".."))
 }
 
 /// Every Markdown file of the root and of `docs/`.

@@ -92,7 +92,9 @@ fn read(root: &Path) -> Result<Vec<Mutation>, String> {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    // Asked for when it runs: a build folder may outlive the clone that it was built in.
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| PathBuf::from("."), |xtask| Path::new(&xtask).join(".."))
 }
 
 /// The files that mutations change, with all of them planted.

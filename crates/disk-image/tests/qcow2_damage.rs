@@ -13,7 +13,7 @@ use disk_image::{BlockDevice, ImageError, NoParents, WritableDevice};
 use qcow2_common::{bytes, ranges};
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/qcow2")
+    Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("fixtures/qcow2")
 }
 
 fn open(name: &str) -> Result<Reader, ImageError> {

@@ -19,7 +19,7 @@ use storage_pool::Damage;
 use storage_pool::verify::Depth;
 
 fn path(recipe: &Recipe) -> PathBuf {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/golden-v1");
+    let folder = std::env::var("CARGO_MANIFEST_DIR").unwrap() + "/fixtures/golden-v1";
     PathBuf::from(folder).join(format!("{}.tar", recipe.name))
 }
 

@@ -8,7 +8,7 @@ use crate::python::{restore_all, verify};
 
 /// All `fixtures/golden-v*/NAME.tar` of the storage pool.
 fn archives() -> Vec<PathBuf> {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../storage-pool/fixtures");
+    let fixtures = Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../storage-pool/fixtures");
     let listed = |folder: &Path| -> Vec<PathBuf> {
         std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
     };

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn script() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testbed/pool-reader.py")
+    Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../../testbed/pool-reader.py")
 }
 
 /// A Python that has the modules: Debian's own first, because its packages are only there.

@@ -46,7 +46,7 @@ pub fn made() -> Arc<Made> {
 }
 
 fn generator() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testbed/make-workload.py")
+    Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join("../../testbed/make-workload.py")
 }
 
 impl Made {
