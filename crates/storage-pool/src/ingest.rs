@@ -93,8 +93,9 @@ impl NodeSource for JobNodes {
                 let (header, encoded) = writer.read_frame(*place)?;
                 let lost = |reason: String| PoolError::ChunkLost { chunk: id.to_string(), reason };
                 let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(lost)?;
-                let spans = frame::spans(PackKind::Nodes, usize::from(header.chunks), &content)
-                    .map_err(|error| lost(format!("{error:?}")))?;
+                let spans =
+                    frame::spans(PackKind::Nodes, usize::from(header.chunks), &content, content.len())
+                        .map_err(|error| lost(format!("{error:?}")))?;
                 return spans
                     .get(place.slot())
                     .map(|span| content[span.clone()].to_vec())

@@ -389,7 +389,9 @@ impl<'w> Walk<'w> {
         let is_read = info.present
             && self
                 .pool
-                .try_place(&keys, ChunkKind::Node, id, place, &mut |node, _| bytes.extend_from_slice(node))
+                .try_place(&keys, ChunkKind::Node, id, place, true, &mut |node, _| {
+                    bytes.extend_from_slice(node)
+                })
                 .is_ok();
         if !is_read {
             bytes.clear();

@@ -281,6 +281,11 @@ pub struct DecodedFrame {
 }
 
 impl DecodedFrame {
+    /// Whether so much of it is decoded that place `slot` is there, if the frame has it.
+    fn has(&self, slot: usize) -> bool {
+        self.spans.get(slot).is_none_or(|span| span.end <= self.content.len())
+    }
+
     /// The chunk in place `slot`.
     pub fn chunk(&self, slot: usize) -> Option<&[u8]> {
         self.spans.get(slot).and_then(|span| self.content.get(span.clone()))
@@ -422,22 +427,37 @@ impl PackReader {
         }
     }
 
-    /// The decoded frame at `location`, from the cache where it is. Its chunks are not compared with their ids yet.
+    /// The decoded frame at `location`, from the cache where it is. Its chunks are not compared with their ids yet. If not
+    /// `whole` is wanted, what stands behind the chunk may be missing.
     pub fn decoded(
         &self,
         location: Location,
         domain: DomainId,
         kind: PackKind,
+        whole: bool,
     ) -> Result<Arc<DecodedFrame>, PoolError> {
         let key = (location.pack, location.frame());
+        let mut wanted = match kind {
+            PackKind::Blocks if !whole => Some((location.slot() + 1) * frame::BLOCK),
+            _ => None,
+        };
         if let Some(found) = self.frames.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            return Ok(found);
+            if found.has(location.slot()) {
+                return Ok(found);
+            }
+            // Its start was not enough: more of it is likely to be asked for.
+            wanted = None;
         }
         let (header, encoded) = self.encoded(location, domain)?;
         let path = || self.files.display(&pack::name(location.pack));
         let damaged = |reason: String| FormatError::at(u64::from(location.frame()), reason).in_file(path());
-        let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(damaged)?;
-        let spans = frame::spans(kind, usize::from(header.chunks), &content)
+        let length = header.decoded as usize;
+        let content = match wanted {
+            Some(wanted) => frame::decode_start(header.codec, &encoded, length, wanted),
+            None => frame::decode(header.codec, &encoded, length),
+        };
+        let content = content.map_err(damaged)?;
+        let spans = frame::spans(kind, usize::from(header.chunks), &content, length)
             .map_err(|error| error.in_file(path()))?;
         let decoded = Arc::new(DecodedFrame { content, spans });
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).put(key, decoded.clone());

@@ -1,6 +1,7 @@
 //! A disk of a recovery point as a block device.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block_io::{BlockDevice, ByteRange, DeviceError};
 use model::{BLOCK_BYTES, RecoveryPointId};
@@ -24,6 +25,8 @@ pub struct PointDevice {
     size: u64,
     sector: u32,
     name: String,
+    /// Where the last read ended: one that goes on there is one of many.
+    end: AtomicU64,
     /// The point does not expire for a reclaim while it is being read.
     _pass: Pass,
 }
@@ -46,6 +49,7 @@ impl Pool {
             map: MapReader::new(nodes, MapRoot { root: found.root, levels: found.levels }),
             size: found.size,
             sector: found.sector,
+            end: AtomicU64::new(0),
             name: format!("disk {disk} of recovery point {} of {}", point.id, point.machine),
             _pass: pass,
         })
@@ -95,6 +99,8 @@ impl BlockDevice for PointDevice {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
         DeviceError::check_bounds(offset, buf.len() as u64, self.size)?;
+        let goes_on = self.end.swap(offset + buf.len() as u64, Ordering::Relaxed) == offset;
+        let is_lone = !goes_on && buf.len() < BLOCK;
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -105,12 +111,14 @@ impl BlockDevice for PointDevice {
             let part = &mut part[..length];
             match self.map.get(block).map_err(|error| self.damaged(block, error))? {
                 None => part.fill(0),
-                Some(chunk) => self
-                    .pool
-                    .read_chunk(&self.keys, ChunkKind::Block, &chunk, &mut |bytes| {
-                        part.copy_from_slice(&bytes[inside..inside + length]);
-                    })
-                    .map_err(|error| self.damaged(block, error))?,
+                Some(chunk) => {
+                    let mut copy = |bytes: &[u8]| part.copy_from_slice(&bytes[inside..inside + length]);
+                    let read = match is_lone {
+                        true => self.pool.read_lone_block(&self.keys, &chunk, &mut copy),
+                        false => self.pool.read_chunk(&self.keys, ChunkKind::Block, &chunk, &mut copy),
+                    };
+                    read.map_err(|error| self.damaged(block, error))?;
+                }
             }
             done += length;
         }

@@ -939,7 +939,17 @@ impl Pool {
         id: &ChunkId,
         out: &mut dyn FnMut(&[u8]),
     ) -> Result<(), PoolError> {
-        self.read_hashed(keys, kind, id, &mut |bytes, _| out(bytes))
+        self.read_as(keys, kind, id, true, &mut |bytes, _| out(bytes))
+    }
+
+    /// The content of a block of which a part is wanted, and nothing near it soon: no more of its frame is decoded than needed.
+    pub(crate) fn read_lone_block(
+        &self,
+        keys: &DomainKeys,
+        id: &ChunkId,
+        out: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), PoolError> {
+        self.read_as(keys, ChunkKind::Block, id, false, &mut |bytes, _| out(bytes))
     }
 
     /// The same, with the plain hash that was computed for the proof.
@@ -950,9 +960,20 @@ impl Pool {
         id: &ChunkId,
         out: &mut dyn FnMut(&[u8], &[u8; 32]),
     ) -> Result<(), PoolError> {
+        self.read_as(keys, kind, id, true, out)
+    }
+
+    fn read_as(
+        &self,
+        keys: &DomainKeys,
+        kind: ChunkKind,
+        id: &ChunkId,
+        whole: bool,
+        out: &mut dyn FnMut(&[u8], &[u8; 32]),
+    ) -> Result<(), PoolError> {
         let held = self.tables().find(id);
         if let Some(place) = held
-            && self.try_place(keys, kind, id, place, out).is_ok()
+            && self.try_place(keys, kind, id, place, whole, out).is_ok()
         {
             return Ok(());
         }
@@ -969,7 +990,7 @@ impl Pool {
                 break;
             }
             for place in places {
-                match self.try_place(keys, kind, id, place, out) {
+                match self.try_place(keys, kind, id, place, whole, out) {
                     Ok(()) => {
                         if kind == ChunkKind::Block {
                             self.meet(place.pack);
@@ -1025,13 +1046,14 @@ impl Pool {
         kind: ChunkKind,
         id: &ChunkId,
         place: Location,
+        whole: bool,
         out: &mut dyn FnMut(&[u8], &[u8; 32]),
     ) -> Result<(), PoolError> {
         let pack_kind = match kind {
             ChunkKind::Block => PackKind::Blocks,
             ChunkKind::Node => PackKind::Nodes,
         };
-        let frame = self.reader.decoded(place, keys.domain, pack_kind)?;
+        let frame = self.reader.decoded(place, keys.domain, pack_kind, whole)?;
         let wrong = |reason: String| PoolError::Damaged {
             path: self.world.path(&crate::format::pack::name(place.pack)),
             offset: u64::from(place.frame()),

@@ -125,7 +125,7 @@ impl Pool {
             let wrong = |reason: String| FormatError::at(u64::from(first.frame()), reason).in_file(path());
             let (header, encoded) = self.reader.encoded(first, domain)?;
             let content = frame::decode(header.codec, &encoded, header.decoded as usize).map_err(wrong)?;
-            let spans = frame::spans(kind, usize::from(header.chunks), &content)
+            let spans = frame::spans(kind, usize::from(header.chunks), &content, content.len())
                 .map_err(|error| error.in_file(path()))?;
             let mut ids = Vec::with_capacity(spans.len());
             for (slot, span) in spans.into_iter().enumerate() {

@@ -509,7 +509,7 @@ impl Pool {
                 return Some(Err("the seal of the frame does not fit its bytes".to_owned()));
             };
             Some(decoder.decode(header.codec, plain, header.decoded as usize).and_then(|content| {
-                let spans = frame::spans(kind, usize::from(header.chunks), content)
+                let spans = frame::spans(kind, usize::from(header.chunks), content, content.len())
                     .map_err(|error| format!("{error:?}"))?;
                 chunks.iter().try_for_each(|(chunk, place)| {
                     let bytes = spans.get(place.slot()).and_then(|span| content.get(span.clone()));
@@ -542,7 +542,7 @@ impl Pool {
         for (frame, chunks) in missed {
             let Some((_, first)) = chunks.first() else { continue };
             let proved =
-                self.reader.decoded(*first, domain, kind).map_err(|error| error.to_string()).and_then(
+                self.reader.decoded(*first, domain, kind, true).map_err(|error| error.to_string()).and_then(
                     |decoded| {
                         chunks.iter().try_for_each(|(chunk, place)| {
                             is_chunk(chunk, place.slot(), decoded.chunk(place.slot()))
