@@ -220,6 +220,30 @@ def sealed(key, nonce, data, additional, what):
         raise Damage(f"{what}: the seal does not fit") from None
 
 
+P25519 = 2 ** 255 - 19
+X25519_BASE = bytes([9]) + bytes(31)
+
+
+def x25519(secret, point):
+    """RFC 7748."""
+    scalar = int.from_bytes(secret, "little") & ~7 & ~(1 << 255) | (1 << 254)
+    u = int.from_bytes(point, "little") & ((1 << 255) - 1)
+    x2, z2, x3, z3, swapped = 1, 0, u, 1, 0
+    for bit in range(254, -1, -1):
+        set_ = scalar >> bit & 1
+        if swapped ^ set_:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        swapped = set_
+        a, b, c, d = x2 + z2, x2 - z2, x3 + z3, x3 - z3
+        da, cb = d * a, c * b
+        x3, z3 = (da + cb) ** 2 % P25519, u * (da - cb) ** 2 % P25519
+        aa, bb = a * a % P25519, b * b % P25519
+        x2, z2 = aa * bb % P25519, (aa - bb) * (aa + 121665 * (aa - bb)) % P25519
+    if swapped:
+        x2, z2 = x3, z3
+    return (x2 * pow(z2, P25519 - 2, P25519) % P25519).to_bytes(32, "little")
+
+
 def need(holds, what):
     if not holds:
         raise Damage(what)
@@ -339,7 +363,7 @@ def kit(path):
 
 # ---- The pool --------------------------------------------------------------------------------------------------------
 
-Record = collections.namedtuple("Record", "number epoch time kind payload file previous")
+Record = collections.namedtuple("Record", "number epoch time kind payload file previous generation")
 Point = collections.namedtuple("Point", "id number captured datasource machine host domain consistency disks incomplete")
 Disk = collections.namedtuple("Disk", "index size root levels")
 Place = collections.namedtuple("Place", "pack location")
@@ -357,7 +381,7 @@ class Pool:
         self.id, recipient, secret = kit(kit_path)
         if not os.path.isfile(self.path("pool.stillpoint")) and not os.path.isdir(self.path("sequence")):
             raise Unusable(f"{folder} is no storage pool: it has no pool.stillpoint")
-        self.root = self.root_key(recipient, secret)
+        self.roots = self.root_keys(recipient, secret)
         self.settings = self.header()
         self.records = self.sequence()
         self.state()
@@ -380,11 +404,78 @@ class Pool:
             content = twin(path, b"STPKEY_1", self.report)
         except FileNotFoundError:
             raise Unusable(f"{path} is missing: the kit is not of this pool, or its recipient was removed") from None
-        need(len(content) == 100, f"{path}: content of {len(content)} bytes, expected 100")
+        need(len(content) == 148, f"{path}: content of {len(content)} bytes, expected 148")
         need(content[:16] == self.id, f"{path}: of pool {content[:16].hex()}, the kit is of {self.id.hex()}")
         need(content[16:32] == recipient, f"{path}: of another recipient")
+        need(content[36:40] == bytes(4), f"{path}: reserved bytes are not zero")
         wrap = self.derive("wrap key", secret, self.id)
-        return sealed(wrap, content[40:52], content[52:], content[:40], path)
+        generation = struct.unpack_from("<H", content, 34)[0]
+        root = sealed(wrap, content[40:52], content[52:100], content[:40], path)
+        public = x25519(self.derive("recipient key", secret, self.id), X25519_BASE)
+        need(content[100:132] == public, f"{path}: another public key than follows from the secret")
+        proof = self.derive("recipient proof key", root, self.id)
+        need(blake3_keyed(proof, content[:132])[:16] == content[132:], f"{path}: its proof does not fit")
+        return generation, root
+
+    def root_keys(self, recipient, secret):
+        """Generation -> root key: the key file, then every ring, in order of generation (section 3.4)."""
+        first, root = self.root_key(recipient, secret)
+        roots = {first: root}
+        own = self.derive("recipient key", secret, self.id)
+        names = [re.fullmatch(r"([0-9a-f]{4})(?:-again)?\.ring", name) for name in os.listdir(self.path("keys"))]
+        rings = collections.defaultdict(list)
+        for name in filter(None, names):
+            rings[int(name[1], 16)].append(self.path("keys", name[0]))
+        for generation, paths in sorted(rings.items()):
+            for path in sorted(paths):
+                try:
+                    content = self.ring(path, generation)
+                    if generation >= first:
+                        self.open_ring(path, content, generation, first, recipient, own, roots)
+                except (Damage, OSError) as damage:
+                    self.report(str(damage))
+        if 0 not in roots:
+            raise Unusable("the root key of generation 0 cannot be reached: its rings are missing or damaged")
+        return roots
+
+    def ring(self, path, number):
+        content = twin(path, b"STPRING1", self.report)
+        need(len(content) >= 48, f"{path}: {len(content)} bytes of content")
+        pool, generation, entries, older, reserved = struct.unpack_from("<16sHHH10s", content)
+        need(pool == self.id and generation == number, f"{path}: ring {generation} of pool {pool.hex()}")
+        need(reserved == bytes(10), f"{path}: reserved bytes are not zero")
+        need(len(content) == 48 + 34 * older + 16 + 136 * entries + 18 * older, f"{path}: {len(content)} bytes of content")
+        return content
+
+    def open_ring(self, path, content, generation, first, recipient, own, roots):
+        entries, count = struct.unpack_from("<HH", content, 18)
+        entries_at = 48 + 34 * count + 16
+        proofs_at = entries_at + 136 * entries
+        if generation > first:
+            # By the newest root below it that is known.
+            newest = max(known for known in roots if known < generation)
+            proofs = {struct.unpack_from("<H", content, at)[0]: content[at + 2:at + 18]
+                      for at in range(proofs_at, len(content), 18)}
+            key = self.derive("ring proof key", roots[newest], self.id)
+            need(proofs.get(newest) == blake3_keyed(key, content[:proofs_at])[:16],
+                 f"{path}: it is not proved by key generation {newest}")
+        for at in range(entries_at, proofs_at, 136):
+            entry = content[at:at + 136]
+            need(entry[18:24] == bytes(6), f"{path}: reserved bytes of an entry are not zero")
+            if entry[:16] == recipient and generation not in roots:
+                public, once = entry[24:56], entry[56:88]
+                wrap = self.derive("ring wrap key", x25519(own, once), once, public, self.id,
+                                   struct.pack("<H", generation))
+                roots[generation] = sealed(wrap, bytes(12), entry[88:], entry[:88], path)
+        if generation in roots:
+            key = self.derive("ring key", roots[generation], self.id, content[32:48])
+            older = sealed(key, bytes(12), content[48:entries_at], content[:48], path)
+            for at in range(0, len(older), 34):
+                roots.setdefault(struct.unpack_from("<H", older, at)[0], older[at + 2:at + 34])
+
+    def root(self, generation, where):
+        need(generation in self.roots, f"{where}: sealed under key generation {generation}, which this kit does not open")
+        return self.roots[generation]
 
     def header(self):
         """Section 4. Nothing in it is needed to restore, so damage of it is told and not more."""
@@ -406,16 +497,16 @@ class Pool:
         need(file[:8] == b"STPRECRD", f"{where}: no record's magic")
         need(blake3(file[:-32]) == file[-32:], f"{where}: its hash does not fit")
         versions(file[8:12], where)
-        kind, reserved, pool, found, epoch, time, previous, salt, length, zero = struct.unpack_from(
+        kind, generation, pool, found, epoch, time, previous, salt, length, zero = struct.unpack_from(
             "<HH16sQQQ32s16sII", file, 12)
-        need(reserved == 0 and zero == 0, f"{where}: reserved bytes are not zero")
+        need(zero == 0, f"{where}: reserved bytes are not zero")
         need(pool == self.id, f"{where}: of pool {pool.hex()}")
         need(found == number, f"{where}: holds record {found}")
         need(len(file) == 112 + length + 32, f"{where}: {len(file)} bytes, expected {144 + length}")
         need(kind in PAYLOADS, f"{where}: kind {kind} is unknown")
-        key = self.derive("record key", self.root, self.id, salt)
+        key = self.derive("record key", self.root(generation, where), self.id, salt)
         payload = sealed(key, bytes(12), file[112:-32], file[:112], where)
-        return Record(number, epoch, time, kind, fields(payload, where), file, previous)
+        return Record(number, epoch, time, kind, fields(payload, where), file, previous, generation)
 
     def sequence(self):
         records, unreadable, restored = {}, {}, {}
@@ -459,7 +550,16 @@ class Pool:
                 known = record.previous in (blake3(before.file), bytes(32))
             if not known and before is not None:
                 self.report(f"record {number}: the record before it is not the one its writer saw")
-        return [record for _, record in sorted(records.items())]
+        # Whoever may write has the newest root; a restored record proves itself (3.4).
+        kept, newest = [], 0
+        for number, record in sorted(records.items()):
+            if record.generation < newest and record.kind != 13:
+                self.report(f"{self.path('sequence')}: record {number} is sealed under key generation "
+                            f"{record.generation} after {newest} began")
+                continue
+            newest = max(newest, record.generation)
+            kept.append(record)
+        return kept
 
     def state(self):
         """Points, and what became of them (the kinds of section 5)."""
@@ -508,28 +608,27 @@ class Pool:
                     self.report(f"{path}: not the name of a pack")
                     continue
                 try:
-                    pack = Pack(self, path, bytes.fromhex(name[:32]))
+                    pack = opened(self, path, bytes.fromhex(name[:32]))
                 except (Damage, OSError) as damage:
                     self.report(str(damage))
                     continue
                 self.packs[pack.id] = pack
                 try:
-                    pack.table = pack.read_table()
+                    pack.table = pack.mending(pack.read_table)
                 except Damage as damage:
                     self.report(str(damage))
                     pack.table = pack.salvage()
                 for chunk, location in pack.table:
                     self.chunks[pack.domain, pack.kind, chunk].append(Place(pack, location))
 
-    def domain(self, domain):
-        """Id key and data key."""
+    def id_key(self, domain):
+        """Of generation 0 for ever."""
         if domain not in self.domain_keys:
-            material = (self.root, self.id, domain)
-            self.domain_keys[domain] = (self.derive("id key", *material), self.derive("data key", *material))
+            self.domain_keys[domain] = self.derive("id key", self.roots[0], self.id, domain)
         return self.domain_keys[domain]
 
     def chunk_id(self, domain, kind, content):
-        return blake3_keyed(self.domain(domain)[0], bytes([kind]) + blake3(content))[:16]
+        return blake3_keyed(self.id_key(domain), bytes([kind]) + blake3(content))[:16]
 
     def chunk(self, domain, kind, chunk):
         """The content of a chunk, from the first place where it is right."""
@@ -596,34 +695,47 @@ class Pool:
 class Pack:
     """One pack file (section 6)."""
 
-    def __init__(self, pool, path, pack):
+    def __init__(self, pool, path, pack, mended=None):
         self.pool, self.path, self.id = pool, path, pack
         self.length = os.path.getsize(path)
-        with open(path, "rb") as file:
-            self.header = file.read(64)
-        need(len(self.header) == 64, f"{path}: {len(self.header)} bytes are no pack")
-        magic, two, self.kind, reserved, owner, self.domain, named = struct.unpack("<8s4sHH16s16s16s", self.header)
+        self.parity, self.mended = Parity.of(path), mended
+        # Where the trailer ends; parity is behind it (6.1).
+        self.end = self.parity.content if self.parity else self.length
+        need(self.end >= 64, f"{path}: {self.length} bytes are no pack")
+        self.header = self.read(0, 64)
+        magic, two, self.kind, generation, owner, self.domain, named = struct.unpack("<8s4sHH16s16s16s", self.header)
         need(magic == b"STPPACK1", f"{path}: no pack's magic")
         versions(two, path)
-        need(self.kind in (1, 2) and reserved == 0, f"{path}: kind {self.kind}")
+        need(self.kind in (1, 2), f"{path}: kind {self.kind}")
         need(owner == pool.id, f"{path}: of pool {owner.hex()}")
         need(named == pack, f"{path}: holds pack {named.hex()}")
-        self.key = pool.derive("pack key", pool.domain(self.domain)[1], pool.id, pack)
+        data = pool.derive("data key", pool.root(generation, path), pool.id, self.domain)
+        self.key = pool.derive("pack key", data, pool.id, pack)
 
     def read(self, offset, length):
         with open(self.path, "rb") as file:
             file.seek(offset)
             data = file.read(length)
         need(len(data) == length, f"{self.path}: ends before byte {offset + length}")
-        return data
+        return patched(offset, data, self.mended or {})
+
+    def mending(self, work, *words):
+        """What `work` gives; if that is damaged and there is parity, once more with the sectors that it gives."""
+        try:
+            return work(*words)
+        except Damage:
+            if self.parity is None or self.mended is not None:
+                raise
+            self.mended = self.parity.mended(self.pool.report)
+            return work(*words)
 
     def read_table(self):
         """[(chunk id, location)] in order of location."""
-        need(self.length >= 128, f"{self.path}: {self.length} bytes are no pack")
-        trailer = self.read(self.length - 64, 64)
+        need(self.end >= 128, f"{self.path}: {self.end} bytes are no pack")
+        trailer = self.read(self.end - 64, 64)
         magic, offset, stored, chunks, frames, reserved, found = struct.unpack("<8sQIIII32s", trailer)
         need(magic == b"STPPEND1" and reserved == 0, f"{self.path}: no trailer")
-        need(offset % 64 == 0 and 64 <= offset and offset + stored + 64 == self.length,
+        need(offset % 64 == 0 and 64 <= offset and offset + stored + 64 == self.end,
              f"{self.path}: a table of {stored} bytes at {offset}")
         table = self.read(offset, stored)
         need(blake3(self.header + table + trailer[:32]) == found, f"{self.path}: the hash of the table does not fit")
@@ -639,6 +751,9 @@ class Pack:
 
     def frame(self, offset):
         """The chunks of the frame at `offset`."""
+        return self.mending(self.frame_as_it_lies, offset)
+
+    def frame_as_it_lies(self, offset):
         where = f"{self.path}: frame at byte {offset}"
         need(64 <= offset < PACK_END and offset % 64 == 0, f"{where}: no place for a frame")
         head = self.read(offset, 32)
@@ -667,7 +782,7 @@ class Pack:
     def salvage(self):
         """The table that frames themselves tell, where the pack's own is damaged: a frame stands for itself."""
         entries, offset = [], 64
-        while offset + 32 <= min(self.length, PACK_END):
+        while offset + 32 <= min(self.end, PACK_END):
             try:
                 stored = struct.unpack_from("<I", self.read(offset, 8), 4)[0]
                 contents = self.frame(offset)
@@ -679,6 +794,127 @@ class Pack:
                 entries.append((self.pool.chunk_id(self.domain, self.kind, content), offset // 64 * 16 + i))
             offset = -(-(offset + 32 + stored) // 64) * 64
         return entries
+
+
+def opened(pool, path, pack):
+    """A pack; where its header is damaged and it has parity, with the sectors that this gives."""
+    try:
+        return Pack(pool, path, pack)
+    except Damage:
+        parity = Parity.of(path)
+        if parity is None:
+            raise
+        return Pack(pool, path, pack, parity.mended(pool.report))
+
+
+SECTOR = 4096
+
+
+def patched(offset, data, sectors):
+    """`data` of a file from `offset` on, with whole sectors of the file put in the place of theirs."""
+    data = bytearray(data)
+    for index in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)) if sectors else ():
+        if index in sectors:
+            start = max(offset, index * SECTOR)
+            end = min(offset + len(data), (index + 1) * SECTOR)
+            data[start - offset:end - offset] = sectors[index][start - index * SECTOR:end - index * SECTOR]
+    return bytes(data)
+
+
+class Parity:
+    """What stands behind the trailer of a pack in a pool with parity (section 6.1)."""
+
+    def __init__(self, path, content, sectors, groups, short):
+        self.path, self.content, self.sectors, self.groups, self.short = path, content, sectors, groups, short
+        size = 8 * (sectors + groups)
+        self.first = -(-content // SECTOR) * SECTOR
+        self.parity = -(-(self.first + 64 + size) // SECTOR) * SECTOR
+        self.second = self.parity + SECTOR * groups
+        self.end = self.second + size + 64
+        self.places = (self.second, self.first + 64)
+
+    @classmethod
+    def of(cls, path):
+        """The parity of a pack file, or None: the last footer that is right, or the first one."""
+        length = os.path.getsize(path)
+        with open(path, "rb") as file:
+            at, last = length - 64, True
+            while at >= 128:
+                file.seek(at)
+                footer = file.read(64)
+                if last and footer[:8] == b"STPPEND1":
+                    return None
+                if footer[:8] == b"STPPARI1" and blake3(footer[:48])[:16] == footer[48:]:
+                    content, sectors, groups, reserved, short = struct.unpack_from("<QIIQ16s", footer, 8)
+                    if reserved == 0 and sectors == -(-content // SECTOR) and 1 <= groups <= sectors:
+                        found = cls(path, content, sectors, groups, short)
+                        if (found.end == length) if last else (found.first == at):
+                            return found
+                at, last = (length // SECTOR * SECTOR if last else at - SECTOR), False
+        return None
+
+    def read(self, offset, length):
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    def hashes(self):
+        size = 8 * (self.sectors + self.groups)
+        for at in self.places:
+            data = self.read(at, size)
+            if blake3(data)[:16] == self.short:
+                return [data[i:i + 8] for i in range(0, size, 8)]
+        return None
+
+    def sector(self, index):
+        """A sector of content, or behind these one of parity."""
+        if index < self.sectors:
+            at = index * SECTOR
+            return self.read(at, min(SECTOR, self.content - at)).ljust(SECTOR, b"\0")
+        return self.read(self.parity + (index - self.sectors) * SECTOR, SECTOR)
+
+    def mended(self, report):
+        """The sectors of content that are damaged and can be rebuilt, by their index."""
+        hashes = self.hashes()
+        if hashes is None:
+            report(f"{self.path}: the hashes of its parity are damaged")
+            return {}
+        bad = {i for i in range(self.sectors + self.groups) if blake3(self.sector(i))[:8] != hashes[i]}
+        found = {}
+        for index in sorted(bad):
+            if index >= self.sectors:
+                report(f"{self.path}: sector {index - self.sectors} of its parity is damaged")
+                continue
+            group = index % self.groups
+            others = [i for i in range(group, self.sectors, self.groups) if i != index] + [self.sectors + group]
+            value = 0
+            for other in others:
+                value ^= int.from_bytes(self.sector(other), "little")
+            data = value.to_bytes(SECTOR, "little")
+            if bad.isdisjoint(others) and blake3(data)[:8] == hashes[index]:
+                found[index] = data
+                report(f"{self.path}: sector {index} is damaged, and was rebuilt from parity")
+            else:
+                report(f"{self.path}: sector {index} is damaged, and cannot be rebuilt: another of its group is too")
+        return found
+
+    def check(self, report):
+        """Holds the parity itself against the page; what it is the parity of is read as frames and table."""
+        size = 8 * (self.sectors + self.groups)
+        if os.path.getsize(self.path) != self.end:
+            report(f"{self.path}: does not end where its parity says")
+        if self.read(self.first, 64) != self.read(self.end - 64, 64):
+            report(f"{self.path}: a footer of its parity is damaged")
+        for at in self.places:
+            if blake3(self.read(at, size))[:16] != self.short:
+                report(f"{self.path}: the hashes of its parity at byte {at} are damaged")
+        behind = self.first + 64 + size
+        if any(self.read(self.content, self.first - self.content) + self.read(behind, self.parity - behind)):
+            report(f"{self.path}: padding of its parity is not zeros")
+        hashes = self.hashes() or []
+        for group, known in enumerate(hashes[self.sectors:]):
+            if blake3(self.sector(self.sectors + group))[:8] != known:
+                report(f"{self.path}: sector {group} of its parity is damaged")
 
 
 def decoded(data, length, where):
@@ -703,11 +939,11 @@ class Run:
     def __init__(self, pool, path, number):
         self.path, self.number = path, number
         data = read_file(path)
-        key = pool.derive("run key", pool.root, pool.id, struct.pack("<Q", number))
         need(len(data) >= 160, f"{path}: {len(data)} bytes are no run")
         header, trailer = data[:64], data[-96:]
-        magic, two, reserved, owner, found, rest = struct.unpack("<8s4s4s16sQ24s", header)
-        need(magic == b"STPRUN_1" and reserved == bytes(4) and rest == bytes(24), f"{path}: no run's header")
+        magic, two, generation, reserved, owner, found, rest = struct.unpack("<8s4sH2s16sQ24s", header)
+        key = pool.derive("run key", pool.root(generation, path), pool.id, struct.pack("<Q", number))
+        need(magic == b"STPRUN_1" and reserved == bytes(2) and rest == bytes(24), f"{path}: no run's header")
         versions(two, path)
         need(owner == pool.id and found == number, f"{path}: of pool {owner.hex()}, number {found}")
         magic, entries, packs, superseded, pages, self.record, rest, tail_hash, own = struct.unpack(
@@ -756,8 +992,88 @@ class Run:
         need(all(position < packs for _, position, _ in self.entries), f"{path}: an entry of a pack that is not listed")
 
 
+class Counts:
+    """One file of reference counts (section 7.1)."""
+
+    def __init__(self, pool, path, number):
+        self.path, self.number = path, number
+        data = read_file(path)
+        need(len(data) >= 160, f"{path}: {len(data)} bytes are no file of counts")
+        header, trailer = data[:64], data[-96:]
+        magic, two, generation, reserved, owner, found, rest = struct.unpack("<8s4sH2s16sQ24s", header)
+        key = pool.derive("counts key", pool.root(generation, path), pool.id, struct.pack("<Q", number))
+        need(magic == b"STPCNT_1" and reserved == bytes(2) and rest == bytes(24), f"{path}: no header of counts")
+        versions(two, path)
+        need(owner == pool.id and found == number, f"{path}: of pool {owner.hex()}, number {found}")
+        magic, entries, packs, below, pages, _, more, rest, tail_hash, own = struct.unpack(
+            "<8sQIIIQQ4s32s16s", trailer)
+        need(magic == b"STPCNTE1" and packs == 0 and rest == bytes(4), f"{path}: no trailer of counts")
+        need(blake3_keyed(key, header + trailer[:80])[:16] == own, f"{path}: the hash of the trailer does not fit")
+        need(pages == -(-entries // 185), f"{path}: {pages} pages for {entries} entries")
+        need(len(data) == 64 + 4096 * pages + 8 * below + 8 * pages + more + 96, f"{path}: {len(data)} bytes")
+        tail = data[64 + 4096 * pages:-96]
+        need(blake3_keyed(key, header + tail) == tail_hash, f"{path}: the hash of the tail does not fit")
+        self.below = [number for (number,) in struct.iter_unpack("<Q", tail[:8 * below])]
+        self.changes = []
+        for number in range(pages):
+            page = data[64 + 4096 * number:64 + 4096 * (number + 1)]
+            need(struct.unpack_from("<QH", page, 4070) == (number, 0), f"{path}: page {number} is another one")
+            need(blake3_keyed(key, page[:4080])[:16] == page[4080:], f"{path}: page {number}: its hash does not fit")
+            count = min(185, entries - 185 * number)
+            need(not any(page[22 * count:4070]), f"{path}: page {number}: bytes behind its last entry")
+            for i in range(count):
+                entry = page[22 * i:22 * i + 22]
+                self.changes.append((entry[:16], int.from_bytes(entry[16:], "little", signed=True)))
+            first = struct.unpack_from("<Q", tail, 8 * below + 8 * number)[0]
+            need(int.from_bytes(page[:8], "big") == first, f"{path}: page {number}: another first id")
+        found = [chunk for chunk, _ in self.changes]
+        need(found == sorted(set(found)), f"{path}: ids do not ascend")
+        more = tail[8 * below + 8 * pages:]
+        need(len(more) >= 48, f"{path}: {len(more)} bytes of roots and packs")
+        roots, rows = struct.unpack_from("<II", more, 40)
+        need(len(more) == 48 + 24 * roots + 40 * rows, f"{path}: {len(more)} bytes of {roots} roots and {rows} packs")
+        self.roots = [struct.unpack_from("<16sB3sI", more, 48 + 24 * i) for i in range(roots)]
+        self.packs = [struct.unpack_from("<16sQIIII", more, 48 + 24 * roots + 40 * i) for i in range(rows)]
+
+
+def check_counts(pool, files):
+    """The newest counts against the maps of the roots that they name, as far as these are still there."""
+    if not files:
+        return
+    newest = files[max(files)]
+    found = collections.Counter()
+    for number in newest.below + [newest.number]:
+        if number not in files:
+            pool.report(f"{newest.path}: stands on file {number}, which is not there")
+            return
+        for chunk, change in files[number].changes:
+            found[chunk] += change
+    domains = {chunk: domain for domain, kind, chunk in pool.chunks if kind == 2}
+    expected = collections.Counter()
+    seen, todo = set(), []
+    for root, level, _, times in newest.roots:
+        expected[root] += times
+        todo.append((root, level))
+    while todo:
+        chunk, level = todo.pop()
+        if chunk in seen:
+            continue
+        seen.add(chunk)
+        if chunk not in domains:
+            # A point went since, and its nodes with it.
+            return
+        data = pool.chunk(domains[chunk], 2, chunk)
+        for child in set(ids(data[20:], "map node")):
+            expected[child] += 1
+            if level > 0:
+                todo.append((child, level - 1))
+    for chunk in sorted(set(found) | set(expected)):
+        if found[chunk] != expected[chunk]:
+            pool.report(f"{newest.path}: chunk {chunk.hex()} has a count of {found[chunk]}, expected {expected[chunk]}")
+
+
 def check_runs(pool):
-    runs = {}
+    runs, counts = {}, {}
     for name in sorted(os.listdir(pool.path("index"))) if os.path.isdir(pool.path("index")) else []:
         path = pool.path("index", name)
         if re.fullmatch(r"[0-9a-f]{16}\.run", name):
@@ -770,8 +1086,17 @@ def check_runs(pool):
                 check_bundle(pool, path, int(name[:16], 16), int(name[17:33], 16))
             except (Damage, OSError) as damage:
                 pool.report(str(damage))
+        elif re.fullmatch(r"[0-9a-f]{16}\.counts", name):
+            try:
+                counts[int(name[:16], 16)] = Counts(pool, path, int(name[:16], 16))
+            except (Damage, OSError) as damage:
+                pool.report(str(damage))
         else:
-            pool.report(f"{path}: neither a run nor a bundle")
+            pool.report(f"{path}: neither a run, nor counts, nor a bundle")
+    try:
+        check_counts(pool, counts)
+    except (Damage, OSError) as damage:
+        pool.report(str(damage))
     gone = {number for run in runs.values() for number in run.superseded}
     for run in runs.values():
         if run.number in gone:
@@ -802,13 +1127,13 @@ def check_runs(pool):
 def check_bundle(pool, path, first, last):
     data = read_file(path)
     need(len(data) >= 120, f"{path}: {len(data)} bytes are no bundle")
-    magic, two, reserved, owner, low, high, salt, length = struct.unpack_from("<8s4s4s16sQQ16sQ", data)
-    need(magic == b"STPBUNDL" and reserved == bytes(4), f"{path}: no bundle's header")
+    magic, two, generation, reserved, owner, low, high, salt, length = struct.unpack_from("<8s4sH2s16sQQ16sQ", data)
+    need(magic == b"STPBUNDL" and reserved == bytes(2), f"{path}: no bundle's header")
     versions(two, path)
     need((owner, low, high) == (pool.id, first, last), f"{path}: of pool {owner.hex()}, records {low} to {high}")
     need(len(data) == 72 + length + 32, f"{path}: {len(data)} bytes, expected {104 + length}")
     need(blake3(data[:-32]) == data[-32:], f"{path}: its hash does not fit")
-    key = pool.derive("bundle key", pool.root, pool.id, salt)
+    key = pool.derive("bundle key", pool.root(generation, path), pool.id, salt)
     content = sealed(key, bytes(12), data[72:-32], data[:72], path)
     records = {record.number: record for record in pool.records}
     at = 0
@@ -829,7 +1154,7 @@ def check_bundle(pool, path, first, last):
 # ---- Commands ----------------------------------------------------------------------------------------------------------
 
 # Section 5's kinds: those that this reader knows to be records of version 1.
-PAYLOADS = frozenset(range(1, 16))
+PAYLOADS = frozenset(range(1, 18))
 
 
 def points(pool, _options):
@@ -871,6 +1196,8 @@ def verify(pool, options):
         print(f"mended by a later record: {what}")
     chunks = 0
     for pack in pool.packs.values():
+        if pack.parity:
+            pack.parity.check(pool.report)
         wanted = dict((location, chunk) for chunk, location in pack.table)
         for offset in sorted({location // 16 * 64 for location in wanted}):
             try:

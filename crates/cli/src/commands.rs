@@ -2,9 +2,9 @@
 
 use model::{Code, ExitStatus, Problem};
 use protocol::api::{
-    AddImage, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KitFile, KitReport,
-    MakeToken, PointDiff, PoolStatus, Protect, Prune, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint,
-    Status, Synchronize, Time, TokenMade, VerifyPool,
+    AddImage, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KeyGeneration, KitFile,
+    KitReport, MakeToken, PointDiff, PoolStatus, Protect, Prune, Recipient, Reclaim, RecoverDisk,
+    RecoverTarget, RecoveryPoint, Status, Synchronize, Time, TokenMade, VerifyPool,
 };
 use serde_json::json;
 
@@ -54,6 +54,35 @@ pub async fn run(room: &Room<'_>, command: &Command) -> Result<ExitStatus, Probl
             room.job("/catalog/rebuild", Some(&json!({})), *job).await
         }
         Command::RecoveryKit(KitCommand::Write(args)) => kit_write(room, args).await,
+        Command::RecoveryKit(KitCommand::List) => {
+            let mut rows = Vec::new();
+            client
+                .each("/recipients", |it: Recipient| {
+                    output.object("recipient", &it);
+                    let state = match (it.revoked, it.own) {
+                        (true, _) => "revoked",
+                        (false, true) => "this server",
+                        (false, false) => "opens the pool",
+                    };
+                    rows.push(vec![it.id.clone(), word_of(&it.kind), state.to_owned()]);
+                })
+                .await?;
+            output.table(&["ID", "KIND", "STATE"], &rows);
+            Ok(ExitStatus::Done)
+        }
+        Command::RecoveryKit(KitCommand::Revoke { recipient, yes }) => {
+            output.confirm(
+                &format!("Recipient {recipient} can open nothing that is written from now on"),
+                recipient,
+                *yes,
+            )?;
+            let made: KeyGeneration =
+                client.post(&format!("/recipients/{}/revoke", coded(recipient)), &json!({})).await?;
+            show_generation(output, &made);
+            output
+                .message("What it could open before, it can still open wherever it has a copy of the pool.");
+            Ok(ExitStatus::Done)
+        }
         Command::RecoveryKit(KitCommand::Test { kit }) => {
             let path = kit.as_deref().map(|kit| room.path_here(kit)).transpose()?;
             room.only_standalone("recovery-kit test")?;
@@ -457,6 +486,10 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
                 format!("floor         {} points, {}", it.floor_points, seconds(it.floor_seconds)),
                 format!("soft-delete   {}", seconds(it.soft_delete_seconds)),
                 format!("reclaim hold  {}", seconds(it.reclaim_hold_seconds)),
+                match it.parity_percent {
+                    0 => "parity        none".to_owned(),
+                    percent => format!("parity        {percent} %"),
+                },
             ] {
                 output.text(&line);
             }
@@ -491,6 +524,11 @@ async fn pool(room: &Room<'_>, command: &PoolCommand) -> Result<ExitStatus, Prob
                 CopyPool { to: room.path_here(to)?, limit, verify: *verify, accept_damage: *accept_damage };
             room.job("/pool/copy", Some(&request), *job).await
         }
+        PoolCommand::RotateKeys => {
+            let made: KeyGeneration = client.post("/pool/rotate-keys", &json!({})).await?;
+            show_generation(output, &made);
+            Ok(ExitStatus::Done)
+        }
         PoolCommand::ExportKeys(args) => kit_write(room, args).await,
     }
 }
@@ -503,9 +541,24 @@ async fn kit_write(room: &Room<'_>, args: &KitWriteArgs) -> Result<ExitStatus, P
     Ok(ExitStatus::Done)
 }
 
+fn show_generation(output: &Output, made: &KeyGeneration) {
+    output.object("key-generation", made);
+    let revoked =
+        made.revoked.as_deref().map_or_else(String::new, |id| format!("Revoked {}. ", printable(id)));
+    output.text(&format!(
+        "{revoked}Key generation {} begins; {} recipients can open it.",
+        made.generation, made.recipients
+    ));
+}
+
 fn show_kit(output: &Output, verb: &str, report: &KitReport) {
     output.object("recovery-kit", report);
-    output.text(&format!("{} {verb} pool {}", printable(&report.path), report.pool));
+    output.text(&format!(
+        "{} {verb} pool {}, recipient {}",
+        printable(&report.path),
+        report.pool,
+        printable(&report.recipient)
+    ));
 }
 
 fn job_row(output: &Output, it: &Job) -> Vec<String> {

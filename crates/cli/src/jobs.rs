@@ -177,6 +177,9 @@ pub fn figure_lines(output: &Output, figures: &Figures) -> Vec<String> {
         .iter()
         .filter_map(|(name, size)| size.map(|size| format!("{:18} {}", name, bytes(size))))
         .collect();
+    if let Some(sectors) = figures.sectors_repaired {
+        lines.push(format!("{:18} {sectors} sectors, from parity", "repaired"));
+    }
     if let Some(removed) = figures.points_removed {
         lines.push(format!("{:18} {removed}", "points removed"));
     }

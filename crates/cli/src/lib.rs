@@ -122,6 +122,7 @@ fn creation(args: &CreationArgs) -> PoolCreation {
         soft_delete_seconds: args.soft_delete,
         reclaim_hold_seconds: args.reclaim_hold,
         reserve_bytes: args.reserve,
+        parity_percent: args.parity,
     }
 }
 
@@ -286,7 +287,7 @@ fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
         | Command::Pool(PoolCommand::Status | PoolCommand::Verify(_) | PoolCommand::Copy { .. })
         | Command::Job(JobCommand::List { .. } | JobCommand::Show { .. } | JobCommand::Log { .. })
         | Command::Alert(AlertCommand::List { .. })
-        | Command::RecoveryKit(KitCommand::Test { .. }) => (false, None),
+        | Command::RecoveryKit(KitCommand::Test { .. } | KitCommand::List) => (false, None),
         Command::Protect { job, .. }
         | Command::Check { job, .. }
         | Command::Prune { job, .. }

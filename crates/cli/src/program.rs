@@ -27,6 +27,8 @@ pub struct PoolCreation {
     pub reclaim_hold_seconds: Option<u64>,
     /// Bytes of the volume that backups leave free.
     pub reserve_bytes: Option<u64>,
+    /// Parity inside packs, in percent of their bytes.
+    pub parity_percent: Option<u32>,
 }
 
 /// How to open a data folder standalone.

@@ -344,6 +344,8 @@ fn readers_take_no_lock() {
         ("pool copy --to c", false),
         // It makes a recipient, so it writes.
         ("pool export-keys --to k", true),
+        ("recovery-kit list", false),
+        ("recovery-kit revoke ab --yes", true),
         ("recover disk web --point latest --disk 0 --to f", false),
         ("protect web", true),
         ("protect web --dry-run", false),

@@ -84,6 +84,9 @@ pub struct CreationArgs {
     /// Room on the volume that backups leave free, such as 1GiB or 0
     #[arg(long, value_name = "SIZE", value_parser = read::size)]
     pub reserve: Option<u64>,
+    /// Parity inside the pool's files against small rot, in percent of their bytes; none otherwise
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=50))]
+    pub parity: Option<u32>,
 }
 
 /// The commands.
@@ -456,6 +459,8 @@ pub enum PoolCommand {
         #[command(flatten)]
         job: JobArgs,
     },
+    /// Seal what is written from now on under a new root key; nothing is rewritten
+    RotateKeys,
     /// Write the recovery kit
     #[command(hide = true)]
     ExportKeys(KitWriteArgs),
@@ -564,6 +569,16 @@ pub struct KitWriteArgs {
 pub enum KitCommand {
     /// Write the recovery kit and prove it
     Write(KitWriteArgs),
+    /// List who can open the pool: servers and recovery kits
+    List,
+    /// Keep a lost or stolen kit from opening what is written from now on
+    Revoke {
+        /// Id or unique prefix, as `recovery-kit list` shows it and the kit's line `recipient` has it
+        recipient: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Open the pool with nothing but the kit
     Test {
         /// The kit; where it was last written otherwise

@@ -24,6 +24,7 @@ pub fn pool(error: PoolError) -> Problem {
         PoolError::Stopped { .. } => Code::ReclaimStopped,
         PoolError::Breaker { .. } => Code::ReclaimBreaker,
         PoolError::Kept { .. } => Code::PointLocked,
+        PoolError::RecipientKept { .. } => Code::RecipientKept,
         PoolError::NotACopy { .. } => Code::NotACopy,
         PoolError::CopyDiverged { .. } => Code::CopyDiverged,
     };

@@ -181,6 +181,9 @@ codes! {
     CopyDiverged 3017 Refused "The copy went its own way"
         "It holds records that the pool has not: a server took the copy over, or the pool was put back from an older state."
         "Decide which of the two is the pool. Go on with that one, and copy it to another, empty folder."
+    RecipientKept 3018 Refused "The recipient is not removed"
+        "It is not known, is the one at work, or no recovery kit would be left."
+        "See `stillpoint recovery-kit list`; write another kit first with `stillpoint recovery-kit write --to FILE`."
 
     // 40xx: server, agents, network
     NoContact 4001 NoContact "No contact with the server"

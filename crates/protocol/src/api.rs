@@ -413,6 +413,9 @@ pub struct PoolStatus {
     pub soft_delete_seconds: u64,
     /// Seconds between quarantine and deletion.
     pub reclaim_hold_seconds: u64,
+    /// Parity of its packs, in percent of their bytes; 0 for none.
+    #[serde(default)]
+    pub parity_percent: u32,
     /// Whether a known damage waits to be healed.
     pub damaged: bool,
     /// Every stored byte was read and proved since then; absent if some never was since it was stored.
@@ -607,8 +610,45 @@ pub struct KitReport {
     /// The pool it opens.
     #[schema(value_type = String)]
     pub pool: PoolId,
+    /// Its recipient's id: 32 hex digits.
+    pub recipient: String,
     /// Whether the pool was opened with nothing but the kit just now.
     pub proved: bool,
+}
+
+/// Whose key opens the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecipientKind {
+    /// A server's data folder.
+    Server,
+    /// A recovery kit.
+    RecoveryKit,
+}
+
+/// Somebody who can open the pool, or could.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Recipient {
+    /// As in the line `recipient` of a recovery kit: 32 hex digits.
+    pub id: String,
+    /// What it is.
+    pub kind: RecipientKind,
+    /// Revoked: it opens what it could open before, and nothing written since.
+    pub revoked: bool,
+    /// This server's own.
+    pub own: bool,
+}
+
+/// A new key generation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct KeyGeneration {
+    /// Its number; a pool begins with 0.
+    pub generation: u32,
+    /// The recipient that was revoked by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<String>,
+    /// How many can open what is written from now on.
+    pub recipients: u64,
 }
 
 /// What the server is. The only answer that needs no token.

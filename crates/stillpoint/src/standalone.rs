@@ -44,6 +44,7 @@ pub fn settings(create: &cli::program::PoolCreation) -> NewPool {
             },
             zstd_level: default.zstd_level,
             reserve: create.reserve_bytes,
+            parity_percent: create.parity_percent.unwrap_or(default.parity_percent),
         },
         kit: create.recovery_kit.clone(),
     }

@@ -43,10 +43,17 @@ fn pack_id(n: u64) -> PackId {
 }
 
 fn table(n: u64, chunks: std::ops::Range<u64>) -> FinishedPack {
-    let header = PackHeader { kind: PackKind::Blocks, pool: POOL, domain: DOMAIN, pack: pack_id(n) };
+    let header =
+        PackHeader { kind: PackKind::Blocks, generation: 0, pool: POOL, domain: DOMAIN, pack: pack_id(n) };
     let place = |at: u64| Location::new(header.pack, 64 + at as u32 / 4 * (128 << 10), (at % 4) as usize).at;
     let entry = |(at, n)| TableEntry { id: chunk(n), location: place(at) };
-    FinishedPack { header, length: 32 << 20, table: (0..).zip(chunks).map(entry).collect() }
+    FinishedPack {
+        header,
+        length: 32 << 20,
+        content: 32 << 20,
+        table: (0..).zip(chunks).map(entry).collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 /// Writes the file of a pack: header, table, trailer.
@@ -56,7 +63,7 @@ fn store(files: &dyn Files, keys: &Keys, pack: &FinishedPack) {
     let mut file = files.create(&pack::name(id)).unwrap();
     let header = pack.header.encode();
     let mut bytes = pack::encode_table(&pack.table);
-    keys.domain(DOMAIN).pack(id).unwrap().seal(table_nonce(64), &header, &mut bytes).unwrap();
+    keys.domain(DOMAIN).pack(0, id).unwrap().seal(table_nonce(64), &header, &mut bytes).unwrap();
     let trailer = Trailer {
         table_offset: 64,
         table_stored: bytes.len() as u32,

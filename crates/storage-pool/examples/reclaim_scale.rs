@@ -1,12 +1,14 @@
-//! Reclaim at its limit: the mark and the candidate pass over a pool of N chunks, and the memory that they take.
+//! Reclaim at its limit: how long it takes to find candidates in a pool of N chunks after a small change, by the reference
+//! counts and by a full mark, and the memory of each.
 //!
-//! `cargo run --release -p storage-pool --example reclaim_scale -- [--chunks N] [--pack-chunks N] [--dir DIR]`
+//! `cargo run --release -p storage-pool --example reclaim_scale -- [--chunks N] [--changed N] [--pack-chunks N] [--dir DIR]`
 //!
-//! Two pools are made, of N/4 and of N chunks, and looked at by a process each. Blocks have no payload: their ids are hashes
-//! of their numbers, every 1,000 of them are in one pack, and a pack's file is empty; the index that names them is real. Maps
-//! are real, and stored as a backup stores them: one point of all blocks, a second one in which one block of a
-//! hundred differs, spread evenly, and the first one deleted and expired. One JSON line is printed: memory at N, and at
-//! 10^9 by the slope between the two.
+//! Two pools are made, of N/4 and of N chunks. Blocks have no payload: their ids are hashes of their numbers, every 1,000 of
+//! them are in one pack, and a pack's file is empty; the index that names them is real. Maps are real, and stored as a backup
+//! stores them: one point of all blocks, a second one in which one block of a hundred differs, spread evenly, and the
+//! first one deleted and expired. A process each then counts from nothing, makes a third point (stretches of eight blocks, a
+//! thousandth of all unless told otherwise) and deletes the second, follows that by the counts, and marks everything. One JSON line is printed for each size,
+//! and one of the slopes: peak memory at 10^9 chunks.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::collections::BTreeMap;
@@ -21,7 +23,7 @@ use storage_pool::format::pack::{self, PackHeader, PackKind, TableEntry};
 use storage_pool::format::run;
 use storage_pool::index::{FinishedPack, Index};
 use storage_pool::keys::{Keys, Secret};
-use storage_pool::reclaim::{DeletionService, ReclaimOptions};
+use storage_pool::reclaim::{CountsUse, DeletionService, ReclaimOptions};
 use storage_pool::{
     Access, FullCompare, Ingest, MapRoot, NewDisk, NewPoint, Pool, PoolError, Settings, World, kit,
 };
@@ -39,10 +41,16 @@ fn chunk(n: u64) -> ChunkId {
 
 fn table(pool: PoolId, domain: DomainId, n: u64, chunks: std::ops::Range<u64>) -> FinishedPack {
     let id = PackId((u128::from(mix(n ^ 0x5555)) << 64 | u128::from(n)).to_be_bytes());
-    let header = PackHeader { kind: PackKind::Blocks, pool, domain, pack: id };
+    let header = PackHeader { kind: PackKind::Blocks, generation: 0, pool, domain, pack: id };
     let place = |at: u64| Location::new(id, 64 + at as u32 / 4 * (64 << 10), (at % 4) as usize).at;
     let entry = |(at, n)| TableEntry { id: chunk(n), location: place(at) };
-    FinishedPack { header, length: 0, table: (0..).zip(chunks).map(entry).collect() }
+    FinishedPack {
+        header,
+        length: 0,
+        content: 0,
+        table: (0..).zip(chunks).map(entry).collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 /// Remembers what was drawn: the root key is among it.
@@ -68,7 +76,13 @@ fn world(dir: &Path, randomness: Arc<dyn Randomness>) -> (Arc<FolderFiles>, Worl
     (files.clone(), World { files, clock: Arc::new(SystemClock), randomness })
 }
 
-fn put(pool: &Arc<Pool>, n: u8, base: Option<RecoveryPointId>, blocks: u64, step: u64, from: u64) {
+fn put(
+    pool: &Arc<Pool>,
+    n: u8,
+    base: Option<RecoveryPointId>,
+    blocks: u64,
+    changes: impl Iterator<Item = (u64, u64)>,
+) {
     let ingest = Ingest::begin(pool, pool.default_domain().unwrap()).unwrap();
     let map = base.map(|base| {
         let disk = pool.point(base).unwrap().disks[0].clone();
@@ -76,8 +90,8 @@ fn put(pool: &Arc<Pool>, n: u8, base: Option<RecoveryPointId>, blocks: u64, step
     });
     let mut editor = ingest.edit_map(map, blocks * BLOCK_BYTES).unwrap();
     let mut nodes = ingest.nodes();
-    for (number, block) in (0..blocks).step_by(step as usize).enumerate() {
-        editor.set(block, Some(chunk(from + number as u64)), &mut nodes).unwrap();
+    for (block, number) in changes {
+        editor.set(block, Some(chunk(number)), &mut nodes).unwrap();
     }
     let map = editor.finish(&mut nodes).unwrap();
     let new = NewPoint {
@@ -149,15 +163,31 @@ fn make(dir: &Path, chunks: u64, pack_chunks: u64) {
     let access = Access::Write { server: [1; 16], name: "scale".to_owned() };
     let pool = Arc::new(Pool::open(world, &recipient, access).unwrap());
     let blocks = chunks * 100 / 101;
-    put(&pool, 1, None, blocks, 1, 0);
-    put(&pool, 2, Some(RecoveryPointId([1; 16])), blocks, 100, blocks);
+    put(&pool, 1, None, blocks, (0..blocks).map(|block| (block, block)));
+    let hundredth = (0..blocks).step_by(100).zip(blocks..);
+    put(&pool, 2, Some(RecoveryPointId([1; 16])), blocks, hundredth);
     pool.delete_point(RecoveryPointId([1; 16]), "measured").unwrap();
     pool.tick().unwrap();
     eprintln!("\n{chunks} chunks made in {:.0} s", begin.elapsed().as_secs_f64());
 }
 
-/// What the index and the state of the pool take, what the look adds, and how long it takes.
-fn measure(dir: &Path) {
+/// What one process does with a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Counts from nothing.
+    Anew,
+    /// A third point, and the second one goes.
+    Change,
+    /// Candidates by what the counts follow.
+    Follow,
+    /// Candidates by a full mark.
+    Mark,
+}
+
+const STEPS: [Step; 4] = [Step::Anew, Step::Change, Step::Follow, Step::Mark];
+
+/// Seconds and peak memory of one step, and of opening the pool before it.
+fn measure(dir: &Path, step: Step, changed: u64) {
     struct Nobody;
     impl DeletionService for Nobody {
         fn carry_out(&self, _: Option<u64>, _: &[u64]) -> Result<(), PoolError> {
@@ -171,45 +201,91 @@ fn measure(dir: &Path) {
     let pool = Arc::new(Pool::open(world, &recipient, access).unwrap());
     let opened = status("VmHWM");
     let begin = Instant::now();
-    let report =
-        pool.reclaim(ReclaimOptions { dry_run: true, ..ReclaimOptions::default() }, &Nobody).unwrap();
-    assert_eq!(report.expired_points, 1);
+    if step == Step::Change {
+        let second = RecoveryPointId([2; 16]);
+        let blocks = pool.point(second).unwrap().disks[0].size / BLOCK_BYTES;
+        let apart = (blocks * 8 / changed.max(8)).max(9);
+        let begins = (0..blocks - 8).step_by(apart as usize);
+        // Blocks that are stored already, at other places: nothing but maps is written.
+        let changes = begins.flat_map(|at| (at..at + 8).map(move |block| (block, (block + 1) % blocks)));
+        put(&pool, 3, Some(second), blocks, changes);
+        pool.delete_point(second, "measured").unwrap();
+        pool.tick().unwrap();
+    } else {
+        let options =
+            ReclaimOptions { dry_run: true, mark_all: step == Step::Mark, ..ReclaimOptions::default() };
+        let report = pool.reclaim(options, &Nobody).unwrap();
+        assert_eq!(report.counts == CountsUse::Kept, step != Step::Mark, "{report:?}");
+    }
     println!("{} {opened} {}", status("VmHWM"), begin.elapsed().as_secs_f64());
 }
+
+/// Bytes of files of a folder whose names end so.
+fn bytes_of(dir: &Path, end: &str) -> u64 {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let wanted = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(end));
+    wanted.map(|entry| entry.metadata().unwrap().len()).sum()
+}
+
+/// What one size gave: chunks, and for each step peak, peak after opening, seconds.
+type Measured = (u64, Vec<(u64, u64, f64)>);
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let word = |name: &str| words.iter().position(|word| word == name).and_then(|at| words.get(at + 1));
-    if let Some(dir) = word("--measure") {
-        return measure(Path::new(dir));
-    }
     let value = |name: &str| word(name).and_then(|word| word.parse::<f64>().ok()).map(|value| value as u64);
+    if let (Some(dir), Some(step)) = (word("--measure"), value("--step")) {
+        return measure(Path::new(dir), STEPS[step as usize], value("--changed").unwrap_or(0));
+    }
     let chunks = value("--chunks").unwrap_or(4_000_000).max(100_000);
     let pack_chunks = value("--pack-chunks").unwrap_or(1000);
-    let measured: Vec<(u64, u64, u64, f64)> = [chunks / 4, chunks]
-        .into_iter()
-        .map(|chunks| {
-            let dir = tempfile::tempdir_in(word("--dir").map_or(".", String::as_str)).unwrap();
-            make(dir.path(), chunks, pack_chunks);
-            let program = std::env::current_exe().unwrap();
-            let output =
-                std::process::Command::new(program).arg("--measure").arg(dir.path()).output().unwrap();
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    let one = |chunks: u64| -> Measured {
+        let dir = tempfile::tempdir_in(word("--dir").map_or(".", String::as_str)).unwrap();
+        make(dir.path(), chunks, pack_chunks);
+        let changed = value("--changed").unwrap_or(chunks / 1000);
+        let mut steps = Vec::new();
+        let mut counts_bytes = 0;
+        for number in 0..STEPS.len() {
+            let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+            command.arg("--measure").arg(dir.path()).args(["--step", &number.to_string()]);
+            let output = command.args(["--changed", &changed.to_string()]).output().unwrap();
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let line = String::from_utf8(output.stdout).unwrap();
             let mut fields = line.split_whitespace().map(|field| field.parse::<f64>().unwrap());
             let mut next = || fields.next().unwrap();
-            (chunks, next() as u64, next() as u64, next())
-        })
-        .collect();
-    let [(few, low, ..), (many, high, opened, seconds)] = measured[..] else { unreachable!("two sizes") };
-    let slope = high.saturating_sub(low) as f64 / (many - few) as f64;
-    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+            steps.push((next() as u64, next() as u64, next()));
+            if number == 0 {
+                counts_bytes = bytes_of(&dir.path().join("index"), ".counts");
+            }
+        }
+        let [anew, _, follow, mark] = steps[..] else { unreachable!("four steps") };
+        println!(
+            "{{\"chunks\":{chunks},\"changed_blocks\":{changed},\"anew_s\":{:.2},\"follow_s\":{:.3},\"mark_s\":{:.2},\
+             \"anew_peak_mib\":{:.1},\"follow_peak_mib\":{:.1},\"mark_peak_mib\":{:.1},\"opened_mib\":{:.1},\
+             \"counts_bytes_a_chunk\":{:.2}}}",
+            anew.2,
+            follow.2,
+            mark.2,
+            mib(anew.0 as f64),
+            mib(follow.0 as f64),
+            mib(mark.0 as f64),
+            mib(follow.1 as f64),
+            counts_bytes as f64 / chunks as f64,
+        );
+        (chunks, steps)
+    };
+    let (few, low) = one(chunks / 4);
+    let (many, high) = one(chunks);
+    let at_1e9 = |step: usize| {
+        let (low, high) = (low[step].0 as f64, high[step].0 as f64);
+        let slope = (high - low).max(0.0) / (many - few) as f64;
+        (slope, mib(high + slope * (1e9 - many as f64)))
+    };
+    let [(anew, anew_peak), _, (follow, follow_peak), (mark, mark_peak)] = [0, 1, 2, 3].map(at_1e9);
     println!(
-        "{{\"chunks\":{many},\"peak_mib\":{:.1},\"opened_mib\":{:.1},\"seconds\":{seconds:.1},\
-         \"peak_mib_at_a_quarter\":{:.1},\"bytes_a_chunk\":{slope:.3},\"peak_mib_at_1e9\":{:.1}}}",
-        mib(high as f64),
-        mib(opened as f64),
-        mib(low as f64),
-        mib(high as f64 + slope * (1e9 - many as f64)),
+        "{{\"anew_bytes_a_chunk\":{anew:.3},\"follow_bytes_a_chunk\":{follow:.3},\"mark_bytes_a_chunk\":{mark:.3},\
+         \"anew_peak_mib_at_1e9\":{anew_peak:.0},\"follow_peak_mib_at_1e9\":{follow_peak:.0},\
+         \"mark_peak_mib_at_1e9\":{mark_peak:.0}}}"
     );
 }

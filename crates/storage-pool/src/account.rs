@@ -112,7 +112,7 @@ impl Pool {
             if last.as_ref().is_none_or(|(open, _)| *open != pack) {
                 let Some((id, _)) = packs.get(pack as usize) else { continue };
                 // A pack whose table cannot be read is told by verify; what it holds counts as nothing here.
-                let table = packs::read_table(&*self.world.files, &self.keys, *id);
+                let table = self.read_table(*id);
                 last = Some((pack, table.map(|table| packs::shares(&table)).unwrap_or_default()));
             }
             let share = last.as_ref().and_then(|(_, shares)| shares.get(&at)).copied().unwrap_or(0);

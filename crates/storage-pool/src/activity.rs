@@ -73,6 +73,11 @@ impl Activity {
         self.ended.contains(&pack) || self.running.values().any(|running| running.packs.contains(&pack))
     }
 
+    /// Whether an ingest is under way.
+    pub fn has_ingest(&self) -> bool {
+        self.running.values().any(|running| running.is_ingest)
+    }
+
     /// Whether an ingest is under way that began before record `number`.
     pub fn has_ingest_before(&self, number: u64) -> bool {
         self.running.values().any(|running| running.is_ingest && running.head < number)

@@ -89,7 +89,9 @@ pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, 
     let outer = spans.iter().filter(|span| !spans.iter().any(|other| other.holds(**span)));
     for outer in outer {
         let inside: Vec<&Span> = spans.iter().filter(|span| outer.holds(**span)).collect();
-        if !inside.is_empty() && open(files, keys, *outer).is_ok() {
+        let is_believed =
+            || open_with_generation(files, keys, *outer).is_ok_and(|(_, found)| found == keys.newest());
+        if !inside.is_empty() && is_believed() {
             needless.extend(inside.into_iter().map(|span| span.name()));
         }
     }
@@ -100,6 +102,10 @@ pub(crate) fn superseded(files: &dyn Files, keys: &Keys) -> Result<Vec<String>, 
 
 /// The opened content of a bundle.
 fn open(files: &dyn Files, keys: &Keys, span: Span) -> Result<Vec<u8>, PoolError> {
+    open_with_generation(files, keys, span).map(|(content, _)| content)
+}
+
+fn open_with_generation(files: &dyn Files, keys: &Keys, span: Span) -> Result<(Vec<u8>, u16), PoolError> {
     let name = span.name();
     let path = files.display(&name);
     let bytes =
@@ -112,15 +118,18 @@ fn open(files: &dyn Files, keys: &Keys, span: Span) -> Result<Vec<u8>, PoolError
     }
     let mut content = sealed.to_vec();
     let length = keys
-        .bundle(&header.salt)?
+        .bundle(header.generation, &header.salt)?
         .open([0; 12], &raw, &mut content)
         .ok_or_else(|| format(FormatError::at(0, "its seal does not fit: forged, or of another key")))?
         .len();
     content.truncate(length);
-    Ok(content)
+    Ok((content, header.generation))
 }
 
 /// State from the bundles alone. Damage is no error: what bundles do not give is read from the records.
+///
+/// Believed is only what is sealed under the newest generation that can be reached: a recipient that was removed could still
+/// make a bundle of an older one that leaves its removal out.
 pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError> {
     let all = list(files)?;
     let mut found = Bundles::default();
@@ -131,12 +140,13 @@ pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError>
         let mut taken = false;
         for span in candidates {
             match apply(files, keys, span, &found.state) {
-                Ok((state, hash)) => {
+                Ok(Some((state, hash))) => {
                     (found.state, found.hash) = (state, hash);
                     found.spans.push(span);
                     taken = true;
                     break;
                 }
+                Ok(None) => {}
                 // The deletion service removed it after the listing: a longer one is there.
                 Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => found.damage.push(Damage::File {
@@ -178,7 +188,13 @@ pub(crate) fn load_bundled(
     let mut state = bundles.state;
     for number in (1..=covered).filter(|number| !numbers.contains(number)) {
         let path = record_path(files, number);
-        state.unreadable.push(Unreadable { number, path, reason: "is missing".to_owned(), needs: None });
+        state.unreadable.push(Unreadable {
+            number,
+            path,
+            reason: "is missing".to_owned(),
+            needs: None,
+            generation: None,
+        });
     }
     let before = (covered > 0).then_some(bundles.hash);
     let after: BTreeSet<u64> = numbers.into_iter().filter(|&number| number > covered).collect();
@@ -191,8 +207,17 @@ pub(crate) fn load_bundled(
     Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage))
 }
 
-fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(State, [u8; 32]), PoolError> {
-    let content = open(files, keys, span)?;
+/// State after a bundle, and the hash of its last record's file; none if it is of another generation than the newest.
+fn apply(
+    files: &dyn Files,
+    keys: &Keys,
+    span: Span,
+    before: &State,
+) -> Result<Option<(State, [u8; 32])>, PoolError> {
+    let (content, generation) = open_with_generation(files, keys, span)?;
+    if generation != keys.newest() {
+        return Ok(None);
+    }
     let mut state = before.clone();
     let mut number = span.first;
     let (_, hash) = bundle::records(&content, span.count(), |record| {
@@ -204,7 +229,7 @@ fn apply(files: &dyn Files, keys: &Keys, span: Span, before: &State) -> Result<(
     })
     .map_err(|error| error.in_file(files.display(&span.name())))?;
     (state.head, state.head_hash) = (span.last, hash);
-    Ok((state, hash))
+    Ok(Some((state, hash)))
 }
 
 /// Damage of every bundle that is there, also of those that a longer one has made needless.
@@ -239,16 +264,21 @@ pub(crate) fn extend(
     head: u64,
 ) -> Result<Option<Vec<Span>>, Unpublished> {
     let covered = spans.last().map_or(0, |span| span.last);
-    if head.saturating_sub(covered) < BUNDLE_RECORDS {
+    let generation = keys.generation();
+    // Beside the ring of a rotation that was cut off nobody would believe it.
+    if head.saturating_sub(covered) < BUNDLE_RECORDS || generation != keys.newest() {
         return Ok(None);
     }
     let mut content = Vec::new();
     let mut hash = [0u8; 32];
+    let mut last = head;
     for number in covered + 1..=head {
         let Ok(bytes) = sequence::raw(files, number) else { return Ok(None) };
         let Ok((header, payload)) = sequence::opened(keys, number, &bytes) else { return Ok(None) };
+        // What does not fit goes into the next one.
         if content.len() + bundle::cost(payload.len()) > bundle::MAX_CONTENT {
-            return Ok(None);
+            last = number - 1;
+            break;
         }
         bundle::push(
             &mut content,
@@ -256,7 +286,10 @@ pub(crate) fn extend(
         );
         hash = *blake3::hash(&bytes).as_bytes();
     }
-    let mut span = Span { first: covered + 1, last: head };
+    if last < covered + BUNDLE_RECORDS {
+        return Ok(None);
+    }
+    let mut span = Span { first: covered + 1, last };
     let mut kept = spans.to_vec();
     // Bundles grow as digits carry: every record is written again once for each doubling of their number.
     while let Some(last) = kept.last().copied().filter(|last| last.count() < 2 * span.count()) {
@@ -280,14 +313,18 @@ pub(crate) fn extend(
     randomness
         .fill(&mut salt)
         .map_err(|source| failed(PoolError::io(path(), "draw random bytes for", source)))?;
-    let header = BundleHeader { pool: keys.pool(), first: span.first, last: span.last, salt };
+    let header = BundleHeader { generation, pool: keys.pool(), first: span.first, last: span.last, salt };
     let raw = header.encode(content.len() + crate::keys::TAG);
-    keys.bundle(&salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
+    keys.bundle(generation, &salt).and_then(|key| key.seal([0; 12], &raw, &mut content)).map_err(failed)?;
     match sequence::publish(files, &span.name(), &bundle::encode(&raw, &content)) {
         Ok(()) => {}
-        // A process that was killed right after it wrote the same.
-        Err(Unpublished::Taken) if open(files, keys, span).is_ok() => {}
-        Err(Unpublished::Taken) => return Ok(None),
+        Err(Unpublished::Taken) => match open_with_generation(files, keys, span) {
+            // A process that was killed right after it wrote the same.
+            Ok((_, found)) if found == generation => {}
+            // One of before a rotation has the name.
+            Ok(_) => return extend(files, keys, randomness, spans, span.last - 1),
+            Err(_) => return Ok(None),
+        },
         Err(other) => return Err(other),
     }
     kept.push(span);

@@ -18,18 +18,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use block_io::Pace;
-use environment::{Entry, Lock, NewFile};
+use environment::{Entry, Lock, NewFile, ReadFile};
 use model::PoolId;
 
 use crate::chunk::PackId;
 use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
+use crate::format::parity::MAX_FILE;
 use crate::format::payload::Kind;
 use crate::format::record::{self, RecordHeader};
-use crate::format::{pack, twin};
-use crate::keys::Keys;
+use crate::format::{pack, ring, twin};
 use crate::kit::Recipient;
+use crate::parity::{self, Parity, Rebuilder};
 use crate::pool::{HEADER_NAME, LOCK_NAME, World, read_header};
+use crate::rebuilt::Repaired;
 use crate::reclaim::DeletionService;
 use crate::sequence::{self, Unpublished};
 
@@ -71,6 +73,8 @@ pub struct CopyReport {
     pub passes: u32,
     /// Files that could not be copied, on either side.
     pub damage: Vec<Damage>,
+    /// Packs that are damaged at the source, and whole in the copy: parity gave what was missing.
+    pub repaired: Vec<Repaired>,
     /// Bytes of packs that left the copy.
     pub bytes_freed: u64,
     /// Whether it was cancelled before its end.
@@ -128,6 +132,14 @@ impl Course<'_> {
         self.counts(bytes)
     }
 
+    /// The same for what was counted before.
+    fn moves_again(&mut self, bytes: u64) -> bool {
+        if let Some(pace) = self.pace {
+            pace.wait(bytes);
+        }
+        self.counts(0)
+    }
+
     fn counts(&mut self, bytes: u64) -> bool {
         self.done += bytes;
         (self.progress)(self.done, self.total.max(self.done))
@@ -137,6 +149,8 @@ impl Course<'_> {
 /// What became of one file.
 enum Moved {
     Bytes(u64),
+    /// So many bytes, of which sectors were rebuilt.
+    Repaired(u64, Repaired),
     Damaged(Damage),
     /// It was let go of since it was listed.
     Gone,
@@ -157,6 +171,11 @@ fn list(world: &World, folder: &str) -> Result<Vec<Entry>, PoolError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         listed => listed.map_err(|source| failed(world, folder, "list", source)),
     }
+}
+
+/// Magic of a file of `keys/`.
+fn key_magic(name: &str) -> &'static [u8; 8] {
+    if ring::generation(name).is_some() { twin::RING } else { twin::KEY }
 }
 
 fn packs_in(world: &World, folder: &str) -> Result<BTreeMap<PackId, u64>, PoolError> {
@@ -210,7 +229,7 @@ fn check_target(target: &World, pool: PoolId) -> Result<bool, PoolError> {
     for entry in list(target, "keys")? {
         let name = format!("keys/{}", entry.name);
         let content = target.files.read(&name, twin::MAX_BYTES).ok();
-        let content = content.and_then(|bytes| twin::decode(twin::KEY, &bytes).ok());
+        let content = content.and_then(|bytes| twin::decode(key_magic(&entry.name), &bytes).ok());
         match content.and_then(|twin| twin.content.get(..16).map(<[u8]>::to_vec)) {
             Some(id) if id == pool.0 => is_known = true,
             _ => return Err(not_a_copy(format!("{name} is no key file of pool {pool}"))),
@@ -326,6 +345,8 @@ impl Copy {
                 report.cancelled = true;
                 return Ok(report);
             }
+            // A rotation since then: no pack is in the copy without the ring of its key generation.
+            self.copy_keys(&mut report)?;
             if !self.permits_since(&records)? {
                 break records;
             }
@@ -365,6 +386,12 @@ impl Copy {
     }
 
     fn copy_keys(&self, report: &mut CopyReport) -> Result<(), PoolError> {
+        // A ring whose name a power cut could still take away at the source must not stand in the way of the next one of
+        // that number for ever.
+        self.source
+            .files
+            .sync_folder("keys")
+            .map_err(|source| failed(&self.source, "keys", "sync", source))?;
         for entry in list(&self.source, "keys")? {
             let name = format!("keys/{}", entry.name);
             let path = self.source.files.display(&name);
@@ -376,7 +403,7 @@ impl Copy {
                 }
             };
             // A copy of a file that is half right would look right for ever.
-            match twin::decode(twin::KEY, &bytes) {
+            match twin::decode(key_magic(&entry.name), &bytes) {
                 Ok(twin) if twin.damage.is_some() => {
                     report.tell(damage(path, 0, "one of its two copies is damaged"));
                     continue;
@@ -457,6 +484,11 @@ impl Copy {
                         report.bytes_copied += bytes;
                         report.packs_copied += 1;
                     }
+                    Moved::Repaired(bytes, repaired) => {
+                        report.bytes_copied += bytes;
+                        report.packs_copied += 1;
+                        report.repaired.push(repaired);
+                    }
                     Moved::Damaged(found) => report.tell(found),
                     Moved::Gone => {}
                     Moved::Cancelled => return Ok(false),
@@ -476,15 +508,21 @@ impl Copy {
         let read = |source| failed(&self.target, &name, "read", source);
         let file = self.target.files.open(&name).map_err(read)?;
         let mut end = [0u8; pack::HEADER];
-        let Some(at) = length.checked_sub(pack::HEADER as u64) else { return Ok(false) };
+        let content = match parity::find(&|at, buf| file.read_exact_at(at, buf), length) {
+            Some(found) if found.layout.file() != length => return Ok(false),
+            Some(found) => found.layout.content,
+            None => length,
+        };
+        let Some(at) = content.checked_sub(pack::HEADER as u64) else { return Ok(false) };
         match file.read_exact_at(at, &mut end) {
-            Ok(()) => Ok(pack::Trailer::decode(&end, length).is_ok()),
+            Ok(()) => Ok(pack::Trailer::decode(&end, content).is_ok()),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
             Err(error) => Err(read(error)),
         }
     }
 
-    /// Moves one pack, reads it back from the unnamed file, and gives it its name if every byte fits its hash.
+    /// Moves one pack, reads it back from the unnamed file, and gives it its name if every byte fits its hash. One that is
+    /// damaged and can be rebuilt from its parity is copied as it was.
     fn copy_pack(
         &self,
         id: PackId,
@@ -501,7 +539,7 @@ impl Copy {
             Err(error) => return Ok(unreadable(error)),
         };
         let length = match file.len() {
-            Ok(length) if length <= pack::MAX_PACK => length,
+            Ok(length) if length <= MAX_FILE => length,
             Ok(length) => {
                 return Ok(Moved::Damaged(damage(path, 0, format!("a pack of {length} bytes"))));
             }
@@ -518,13 +556,17 @@ impl Copy {
             }
             let part = &mut piece[..size as usize];
             if let Err(error) = file.read_exact_at(at, part) {
-                return Ok(Moved::Damaged(damage(path, at, error.to_string())));
+                let repaired = self.copy_rebuilt(id, &*file, length, course)?;
+                return Ok(repaired.unwrap_or_else(|| Moved::Damaged(damage(path, at, error.to_string()))));
             }
             new.append(part).map_err(write)?;
             at += size;
         }
         let found = self.examine(new.as_ref(), id, length)?;
         if let Some((offset, reason)) = found.damaged.first() {
+            if let Some(repaired) = self.copy_rebuilt(id, &*file, length, course)? {
+                return Ok(repaired);
+            }
             let reason = match found.damaged.len() {
                 1 => reason.clone(),
                 more => format!("{reason}; {more} damages in all"),
@@ -538,6 +580,46 @@ impl Copy {
         }
         self.publish_file(&name, new)?;
         Ok(Moved::Bytes(length))
+    }
+
+    /// Moves one pack through its parity, and makes that again: the same bytes as they were. `None` if it cannot be rebuilt.
+    fn copy_rebuilt(
+        &self,
+        id: PackId,
+        file: &dyn ReadFile,
+        length: u64,
+        course: &mut Course<'_>,
+    ) -> Result<Option<Moved>, PoolError> {
+        let name = pack::name(id);
+        let read = |at: u64, buf: &mut [u8]| file.read_exact_at(at, buf);
+        let Some(parity) = Parity::load(&read, length) else { return Ok(None) };
+        let rebuilder = Rebuilder::new(&parity, &read);
+        let write = |source| failed(&self.target, &name, "write", source);
+        let mut new = self.target.files.create(&name).map_err(write)?;
+        let content = parity.layout().content;
+        let mut piece = vec![0u8; PIECE.min(content as usize)];
+        let mut at = 0;
+        while at < content {
+            let size = (content - at).min(PIECE as u64);
+            // Its bytes were counted when they were tried first.
+            if !course.moves_again(size) {
+                return Ok(Some(Moved::Cancelled));
+            }
+            let part = &mut piece[..size as usize];
+            if rebuilder.read_at(at, part).is_err() {
+                return Ok(None);
+            }
+            new.append(part).map_err(write)?;
+            at += size;
+        }
+        let bytes = content + parity::append_as(&mut *new, parity.layout()).map_err(write)?;
+        let found = self.examine(new.as_ref(), id, bytes)?;
+        if !found.damaged.is_empty() {
+            return Ok(None);
+        }
+        self.publish_file(&name, new)?;
+        let sectors = rebuilder.sectors().len() as u64;
+        Ok(Some(Moved::Repaired(bytes, Repaired { pack: id, sectors })))
     }
 
     fn examine(&self, file: &dyn NewFile, id: PackId, length: u64) -> Result<PackExamination, PoolError> {
@@ -637,8 +719,8 @@ impl Copy {
         if report.cancelled || !report.damage.is_empty() {
             return Ok(0);
         }
-        let (root, _) = crate::pool::unwrap_root(&self.target, recipient)?;
-        let state = sequence::load(&*self.target.files, &Keys::new(self.pool, root))?;
+        let keys = crate::rings::open(&self.target, recipient)?.keys;
+        let state = sequence::load(&*self.target.files, &keys)?;
         if !state.unreadable.is_empty() {
             return Ok(0);
         }

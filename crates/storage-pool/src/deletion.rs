@@ -10,8 +10,7 @@ use environment::{Files, Removal};
 
 use crate::error::PoolError;
 use crate::format::{ballast, pack, run};
-use crate::keys::Keys;
-use crate::pool::{World, unwrap_root};
+use crate::pool::World;
 use crate::sequence;
 
 /// Unlinks what a permit allows. In the product a process of its own; see [`run_deletion_service`].
@@ -35,8 +34,7 @@ pub fn run_deletion_service(
     permit: Option<u64>,
     runs: &[u64],
 ) -> Result<(), PoolError> {
-    let (root, _) = unwrap_root(world, recipient)?;
-    let keys = Keys::new(recipient.pool, root);
+    let keys = crate::rings::open(world, recipient)?.keys;
     let state = sequence::load(&*world.files, &keys)?;
     if let Some(record) = state.unreadable.first() {
         return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
@@ -50,7 +48,8 @@ pub fn run_deletion_service(
             }
         }
     }
-    for name in crate::bundle::superseded(&*world.files, &keys)? {
+    let bundles = crate::bundle::superseded(&*world.files, &keys)?;
+    for name in bundles.into_iter().chain(crate::counts::superseded(&*world.files, &keys)?) {
         removal.remove(&name).map_err(|source| io(&name, source))?;
     }
     if runs.is_empty() {

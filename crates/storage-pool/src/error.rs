@@ -151,6 +151,14 @@ pub enum PoolError {
         /// Why.
         reason: String,
     },
+    /// A recipient cannot be removed.
+    #[error("recipient {recipient} is not removed: {reason}")]
+    RecipientKept {
+        /// Who.
+        recipient: String,
+        /// Why.
+        reason: String,
+    },
     /// The folder for a copy holds something else.
     #[error("{path} holds no copy of this storage pool: {reason}")]
     NotACopy {

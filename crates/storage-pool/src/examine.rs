@@ -4,7 +4,7 @@
 //! Refuses: believing a length or an offset in a file that it does not fit into.
 //!
 //! Invariants
-//! - A byte is read once; only around damage it is read again. (should)
+//! - A byte is read once; only around damage it is read again, and a damaged pack with parity once more as it was. (should)
 //! - Memory is a few MiB, whatever the pack's length says. (should)
 
 use std::collections::BTreeSet;
@@ -18,6 +18,7 @@ use crate::chunk::PackId;
 use crate::error::PoolError;
 use crate::format::pack::{self, FRAME_HEADER, FrameHeader, HEADER, PackHeader, Trailer};
 use crate::format::short_hash;
+use crate::parity::{self, Parity, ReadAt, Rebuilder};
 
 /// So much is read at once.
 const PIECE: usize = 1 << 20;
@@ -29,8 +30,14 @@ const SECTOR: u64 = 4096;
 pub(crate) struct PackExamination {
     /// Damaged frames and other damage: offset and reason. A reason at offset 0 or past the frames is not a frame's.
     pub damaged: Vec<(u64, String)>,
-    /// Offsets of damaged frames.
+    /// Offsets of damaged frames that cannot be had.
     pub frames: BTreeSet<u32>,
+    /// Offsets of damaged frames that parity gives.
+    pub rebuilt: BTreeSet<u32>,
+    /// Sectors that were rebuilt from parity.
+    pub sectors: BTreeSet<u32>,
+    /// Whether the pack has parity, and with it everything but the parity can be had as it was.
+    pub is_whole: bool,
     /// Offsets of the frames that were met, damaged or not.
     pub met: BTreeSet<u32>,
     /// Bytes of the file.
@@ -51,9 +58,6 @@ pub(crate) struct Reading<'r> {
     /// How fast.
     pub pace: Option<&'r dyn Pace>,
 }
-
-/// Reads exactly so many bytes at an offset of a pack file, with a name or not yet.
-pub(crate) type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a;
 
 /// A file that is read forwards, in large pieces.
 struct Forward<'f> {
@@ -126,8 +130,55 @@ pub(crate) fn examine(
     Ok(found)
 }
 
-/// [`examine`] for the pack of `length` bytes that `read` gives.
+/// [`examine`] for the pack of `length` bytes that `read` gives. If anything is damaged and there is parity, the pack is
+/// examined once more as it is read by that: only what fits its hash then, and what `prove` says yes to, can be had.
 pub(crate) fn examine_bytes(
+    read: &ReadAt<'_>,
+    length: u64,
+    ids: (PoolId, PackId),
+    reading: Reading<'_>,
+    mut prove: Option<&mut Prove<'_>>,
+) -> PackExamination {
+    let Some(known) = parity::find(read, length) else {
+        return examine_content(read, length, ids, reading, prove);
+    };
+    let content = known.layout.content;
+    let mut found = examine_content(read, content, ids, reading, prove.as_deref_mut());
+    found.length = length;
+    if let Some(pace) = reading.pace {
+        pace.wait(length.saturating_sub(content));
+    }
+    found.is_whole = found.damaged.is_empty();
+    found.damaged.extend(parity::examine(read, length, known));
+    if found.is_whole {
+        return found;
+    }
+    let Some(parity) = Parity::of(read, known) else { return found };
+    let rebuilder = Rebuilder::new(&parity, read);
+    let as_it_was = |at: u64, buf: &mut [u8]| rebuilder.read_at(at, buf);
+    let again = examine_content(&as_it_was, content, ids, reading, prove);
+    // A frame may be right as it is stored and lie in a sector that is lost otherwise: what either way gives, can be had.
+    let good: BTreeSet<u32> = found.met.difference(&found.frames).copied().collect();
+    found.rebuilt = again.met.difference(&again.frames).filter(|at| !good.contains(at)).copied().collect();
+    found.frames.extend(again.frames);
+    found.frames.retain(|at| !good.contains(at) && !found.rebuilt.contains(at));
+    found.met.extend(again.met);
+    found.is_whole = again.damaged.is_empty();
+    let more = again.damaged.into_iter().map(|(at, reason)| (at, format!("with its parity: {reason}")));
+    found.damaged.extend(more);
+    found.sectors = rebuilder.sectors();
+    if let Some(first) = found.sectors.first() {
+        let reason = match found.sectors.len() {
+            1 => "1 sector was rebuilt from parity".to_owned(),
+            several => format!("{several} sectors were rebuilt from parity"),
+        };
+        found.damaged.push((u64::from(*first) * SECTOR, reason));
+    }
+    found
+}
+
+/// The pack that ends at `length`, parity left out.
+fn examine_content(
     read: &ReadAt<'_>,
     length: u64,
     (pool, id): (PoolId, PackId),

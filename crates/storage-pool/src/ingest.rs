@@ -159,7 +159,9 @@ fn put(
     decoded: u32,
     ids: &[ChunkId],
 ) -> Result<(), PoolError> {
-    shared.pool.leave_reserve(encoded.len() as u64)?;
+    let open = inner.blocks.iter().chain(&inner.nodes);
+    let parity: u64 = open.map(PackWriter::parity_bytes).sum();
+    shared.pool.leave_reserve(encoded.len() as u64 + parity)?;
     let slot = match kind {
         PackKind::Blocks => &mut inner.blocks,
         PackKind::Nodes => &mut inner.nodes,
@@ -175,6 +177,7 @@ fn put(
         )?);
     }
     let Some(writer) = slot else { return Ok(()) };
+    writer.parity = shared.pool.settings().parity_percent;
     let places = writer.put(codec, encoded, decoded, ids)?;
     let is_full = writer.length() >= crate::packs::PACK_BYTES;
     inner.current.extend(ids.iter().copied().zip(places));

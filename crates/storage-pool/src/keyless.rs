@@ -1,7 +1,8 @@
 //! Verifying a folder of which nobody has the keys: a copy at another site, a disk in a shelf.
 //!
 //! Every hash of the format that needs no key is computed: twin files, records and their chain, bundles, each frame,
-//! table and trailer of each pack. What only the root key proves is not: that whoever wrote a file had it, that all packs
+//! table and trailer of each pack, and of its parity, which says what of a damaged pack can be rebuilt: its hashes need no key
+//! either. Nothing is written: a pack cannot be stored again without the keys, and nothing is written over. What only the root key proves is not: that whoever wrote a file had it, that all packs
 //! are there which points need, that nothing was taken from the end of the sequence, and the index, whose hashes are keyed.
 
 use std::collections::BTreeMap;
@@ -15,9 +16,12 @@ use prost::Message;
 use crate::chunk::PackId;
 use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
+use crate::format::key::KeyFile;
+use crate::format::ring::{self, Ring};
 use crate::format::{FormatError, bundle, pack, payload, record, twin};
 use crate::in_order::in_order;
-use crate::pool::HEADER_NAME;
+use crate::pool::{HEADER_NAME, key_name};
+use crate::rebuilt::Repaired;
 use crate::verify::{VerifyOptions, VerifyProgress};
 
 /// What a look without keys found.
@@ -27,6 +31,8 @@ pub struct HashReport {
     pub pool: PoolId,
     /// Damaged files, in order of name.
     pub damage: Vec<Damage>,
+    /// Damaged packs of which parity gives sectors back: whoever reads them with the keys, or copies them, has these.
+    pub repairable: Vec<Repaired>,
     /// Packs read.
     pub packs: u64,
     /// Records read.
@@ -61,6 +67,7 @@ pub fn verify_hashes(
         report: HashReport {
             pool,
             damage: Vec::new(),
+            repairable: Vec::new(),
             packs: 0,
             records: 0,
             runs: 0,
@@ -125,13 +132,26 @@ impl Look<'_> {
 
     fn keys(&mut self) -> Result<(), PoolError> {
         for name in self.names("keys")? {
+            let generation = ring::generation(&name);
             let name = format!("keys/{name}");
             let Some(bytes) = self.bytes(&name, twin::MAX_BYTES) else { continue };
-            match twin::decode(twin::KEY, &bytes) {
+            let magic = if generation.is_some() { twin::RING } else { twin::KEY };
+            match twin::decode(magic, &bytes) {
                 Err(error) => self.add(&name, error),
                 Ok(twin) => {
-                    if twin.content.get(..16) != Some(&self.report.pool.0[..]) {
-                        self.add(&name, FormatError::at(16, "belongs to another pool"));
+                    let of = match generation {
+                        None => KeyFile::decode(&twin.content)
+                            .map(|file| file.pool == self.report.pool && key_name(file.recipient) == name),
+                        Some(generation) => Ring::decode(&twin.content)
+                            .map(|ring| ring.pool == self.report.pool && ring.generation == generation),
+                    };
+                    match of {
+                        Ok(true) => {}
+                        Ok(false) => {
+                            let reason = "belongs to another pool, recipient or key generation";
+                            self.add(&name, FormatError::at(16, reason));
+                        }
+                        Err(error) => self.add(&name, error),
                     }
                     if let Some(error) = twin.damage {
                         self.add(&name, error);
@@ -242,7 +262,15 @@ impl Look<'_> {
                 Some(found) => {
                     self.report.packs += 1;
                     self.report.bytes_read += length;
-                    found.map_or_else(|error| vec![(0, error.to_string())], |found| found.damaged)
+                    match found {
+                        Err(error) => vec![(0, error.to_string())],
+                        Ok(found) => {
+                            let sectors = found.sectors.len() as u64;
+                            let repairable = (sectors > 0).then_some(Repaired { pack: *id, sectors });
+                            self.report.repairable.extend(repairable);
+                            found.damaged
+                        }
+                    }
                 }
             };
             for (offset, reason) in damaged {

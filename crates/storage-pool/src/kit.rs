@@ -8,6 +8,13 @@ use crate::keys::Secret;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RecipientId(pub [u8; 16]);
 
+impl std::str::FromStr for RecipientId {
+    type Err = KitError;
+    fn from_str(text: &str) -> Result<RecipientId, KitError> {
+        unhex(text).map(RecipientId).ok_or(KitError::Missing("recipient"))
+    }
+}
+
 impl std::fmt::Display for RecipientId {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))

@@ -10,6 +10,8 @@
 //! - [`PointDevice`] is a disk of a recovery point, as a `BlockDevice`.
 //! - [`verify`] proves stored bytes, [`keyless`] as far as that goes without keys, [`proofs`] says when again; [`reclaim`]
 //!   frees what no point needs, through a deletion service of its own.
+//! - Packs may carry parity ([`format::parity`]); what is damaged and can be rebuilt is told by [`Pool::rebuilt_since`], and
+//!   stored again by a verify that may write.
 //! - [`mod@copy`] keeps a second copy of the encrypted files.
 //! - [`kit`] is the recovery kit: with it and the pool's files nothing else is needed.
 //!
@@ -28,11 +30,16 @@
 //! Nothing waits for a reclaim, and a reclaim waits for nothing: what it may not touch yet is left for the next one. The
 //! rules are at the head of [`mod@reclaim`].
 
+// The world of the tests, in tests/rig, also serves those inside.
+#[cfg(test)]
+extern crate self as storage_pool;
+
 mod account;
 mod activity;
 mod bundle;
 pub mod chunk;
 pub mod copy;
+mod counts;
 pub mod deletion;
 pub mod error;
 mod examine;
@@ -48,17 +55,23 @@ pub mod layout;
 pub mod map;
 mod mark;
 mod packs;
+mod parity;
 mod pass;
 mod point_device;
 mod pool;
 pub mod proofs;
+mod rebuilt;
+pub mod recipients;
 pub mod reclaim;
+mod repair;
 mod reserve;
+mod rings;
 mod sequence;
 mod sorter;
 pub mod state;
 mod tidy;
 pub mod verify;
+mod world;
 
 pub use error::{Damage, PoolError};
 pub use ingest::{FullCompare, Ingest, IngestFigures, JobNodes, NewDisk, NewPoint};
@@ -66,3 +79,5 @@ pub use map::{MapEditor, MapReader, MapRoot};
 pub use packs::PACK_BYTES;
 pub use point_device::PointDevice;
 pub use pool::{Access, Created, Pool, PoolHeader, PoolNodes, Settings, World, key_name, read_header};
+pub use rebuilt::Repaired;
+pub use repair::{Repair, StoredAgain};

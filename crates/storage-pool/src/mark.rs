@@ -12,6 +12,7 @@
 //!   (INV-11). (must)
 //! - Every chunk of a point of the state that was looked at is in the view that was looked at: the state comes first. (must)
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::RecoveryPointId;
@@ -27,7 +28,7 @@ use crate::state::{Point, State};
 /// A chunk that is needed, and what of (u64, big-endian).
 pub(crate) const NEED: usize = 24;
 /// A node to be read: position of its pack, place, its id, what needs it.
-const NODE: usize = 32;
+pub(crate) const NODE: usize = 32;
 
 /// What is needed.
 pub(crate) struct Marks {
@@ -37,6 +38,43 @@ pub(crate) struct Marks {
     pub bits: Bits,
     /// Points whose soft-delete period is over, for everybody.
     pub expired: u64,
+    /// The roots of all that was marked.
+    pub roots: Roots,
+}
+
+/// Roots of maps with their levels, and of how many disks each is.
+pub(crate) type Roots = BTreeMap<(u8, ChunkId), u32>;
+
+/// What a reclaim looks at: the points at one moment, and then the index.
+pub(crate) struct Moment {
+    /// What the records say.
+    pub state: State,
+    /// Pool time when the oldest of what is under way began.
+    at: u64,
+    /// The index.
+    pub view: View,
+    /// Points whose soft-delete period is over, for everybody.
+    pub expired: u64,
+    soft_delete: u64,
+}
+
+impl Moment {
+    /// Points that count as needed.
+    fn needed(&self) -> impl Iterator<Item = &Point> {
+        needed(&self.state, self.at, self.soft_delete)
+    }
+
+    /// Roots of the maps of needed points.
+    pub fn roots(&self) -> Roots {
+        let mut roots = Roots::new();
+        for disk in self.needed().flat_map(|point| &point.disks) {
+            let level = disk.levels.checked_sub(1).filter(|level| *level < MAX_LEVELS);
+            if let (Some(level), Some(root)) = (level, disk.root) {
+                *roots.entry((level, root)).or_default() += 1;
+            }
+        }
+        roots
+    }
 }
 
 fn need(id: &ChunkId, owner: u64) -> [u8; NEED] {
@@ -76,7 +114,7 @@ pub(crate) fn alone(record: &mut [u8; NEED], other: &[u8; NEED]) -> bool {
     is_same
 }
 
-fn node(place: ViewPlace, id: &ChunkId, owner: u64) -> [u8; NODE] {
+pub(crate) fn node(place: ViewPlace, id: &ChunkId, owner: u64) -> [u8; NODE] {
     let mut record = [0; NODE];
     record[..4].copy_from_slice(&place.pack.to_be_bytes());
     record[4..8].copy_from_slice(&place.at.to_be_bytes());
@@ -84,7 +122,7 @@ fn node(place: ViewPlace, id: &ChunkId, owner: u64) -> [u8; NODE] {
     record
 }
 
-fn of_node(record: &[u8; NODE]) -> (ViewPlace, ChunkId, u64) {
+pub(crate) fn of_node(record: &[u8; NODE]) -> (ViewPlace, ChunkId, u64) {
     let number = |at: usize| u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]);
     let mut rest = [0; NEED];
     rest.copy_from_slice(&record[8..]);
@@ -118,7 +156,8 @@ impl Pool {
         }
     }
 
-    fn mark(self: &Arc<Self>, more: &[FinishedPack], room: Room) -> Result<Marks, PoolError> {
+    /// The points and the index at one moment; refused if a record cannot be read (INV-12).
+    pub(crate) fn moment(&self, more: &[FinishedPack]) -> Result<Moment, PoolError> {
         // Bundles spare the reading of records, but nothing is freed on their word.
         self.recheck_records()?;
         // First what is under way and the time together, then the state, then the index: whoever begins later does so at a
@@ -135,14 +174,16 @@ impl Pool {
         let view = self.index().view(more)?;
         let soft_delete = self.settings().soft_delete;
         let expired = state.in_order().filter(|point| state.is_expired(point, soft_delete)).count() as u64;
-        let mut bits = Bits::of(&view);
-        let mut walk = Walk { pool: self, view: &view, state: &state, room, owners: highest };
-        walk.all(
-            needed(&state, at, soft_delete).map(|point| (point, 0)),
-            Some(&mut bits),
-            &mut |_, _, _| Ok(()),
-        )?;
-        Ok(Marks { view, bits, expired })
+        Ok(Moment { state, at, view, expired, soft_delete })
+    }
+
+    fn mark(self: &Arc<Self>, more: &[FinishedPack], room: Room) -> Result<Marks, PoolError> {
+        let moment = self.moment(more)?;
+        let mut bits = Bits::of(&moment.view);
+        let mut walk = Walk { room, ..Walk::of(self, &moment) };
+        walk.all(moment.needed().map(|point| (point, 0)), Some(&mut bits), &mut |_, _, _| Ok(()))?;
+        let roots = moment.roots();
+        Ok(Marks { view: moment.view, bits, expired: moment.expired, roots })
     }
 
     /// Tells `each` of every chunk that points need: its owner and its places, newest last. `owner` gives the owner of a
@@ -188,7 +229,8 @@ pub(crate) type Owned<'o> = dyn FnMut(&View, u64, &[ViewPlace]) -> Result<(), Po
 /// Told of each chunk once: its id, its owner, its places.
 type Visit<'v> = dyn FnMut(&ChunkId, u64, &[ViewPlace]) -> Result<(), PoolError> + 'v;
 
-struct Walk<'w> {
+/// Reads nodes of the points of a state by a view of the index.
+pub(crate) struct Walk<'w> {
     pool: &'w Arc<Pool>,
     view: &'w View,
     state: &'w State,
@@ -196,7 +238,23 @@ struct Walk<'w> {
     owners: Combine<NEED>,
 }
 
-impl Walk<'_> {
+impl<'w> Walk<'w> {
+    /// A walk at a moment.
+    pub fn of(pool: &'w Arc<Pool>, moment: &'w Moment) -> Walk<'w> {
+        Walk { pool, view: &moment.view, state: &moment.state, room: pool.room, owners: highest }
+    }
+
+    /// The place where a node is read: the newest one that is not known to be damaged; whether it can be read shows.
+    pub fn place(&self, places: &[ViewPlace]) -> Option<ViewPlace> {
+        let is_there = |place: &&ViewPlace| {
+            self.view.packs.get(place.pack as usize).is_some_and(|(pack, info)| {
+                let frame = Location { pack: *pack, at: place.at }.frame();
+                info.present && self.state.is_undamaged(*pack, frame)
+            })
+        };
+        places.iter().rev().find(is_there).or(places.last()).copied()
+    }
+
     fn sorter(&self) -> Sorter<NEED> {
         Sorter::new(&self.pool.world.files, self.room, self.owners)
     }
@@ -258,22 +316,16 @@ impl Walk<'_> {
             join.find(&id, &mut places, bits.as_deref_mut())?;
             visit(&id, owner, &places)?;
             let Some(nodes) = nodes.as_deref_mut() else { continue };
-            let is_there = |place: &&ViewPlace| {
-                self.view.packs.get(place.pack as usize).is_some_and(|(pack, info)| {
-                    let frame = Location { pack: *pack, at: place.at }.frame();
-                    info.present && self.state.is_undamaged(*pack, frame)
-                })
-            };
-            // The newest one that is not known to be damaged; whether it can be read shows.
-            match places.iter().rev().find(is_there).or(places.last()) {
-                Some(place) => nodes.push(node(*place, &id, owner))?,
+            match self.place(&places) {
+                Some(place) => nodes.push(node(place, &id, owner))?,
                 None => return Err(self.stopped(&id, "it is in no pack")),
             }
         }
         Ok(())
     }
 
-    fn stopped(&self, id: &ChunkId, reason: impl std::fmt::Display) -> PoolError {
+    /// A node that cannot be had, and which point needs it.
+    pub fn stopped(&self, id: &ChunkId, reason: impl std::fmt::Display) -> PoolError {
         let whose = self.pool.whose(self.state, id).map_or_else(String::new, |(point, machine)| {
             format!(", which a map of {machine} ({point}) needs")
         });
@@ -291,7 +343,7 @@ impl Walk<'_> {
         let mut nodes = nodes.read();
         while let Some(record) = nodes.next()? {
             let (place, id, owner) = of_node(&record);
-            let found = self.read(place, &id, level)?;
+            let found = self.read(place, &id, level).map_err(|reason| self.stopped(&id, reason))?;
             for child in found.children.iter().flatten() {
                 let [a, b, c, d, ..] = child.0;
                 if range.contains(&u64::from(u32::from_be_bytes([a, b, c, d]))) {
@@ -326,10 +378,10 @@ impl Walk<'_> {
         }
     }
 
-    /// A node, from the place that was found, or from any other copy.
-    fn read(&self, place: ViewPlace, id: &ChunkId, level: u8) -> Result<Node, PoolError> {
+    /// A node, from the place that was found, or from any other copy; or why it cannot be read.
+    pub fn read(&self, place: ViewPlace, id: &ChunkId, level: u8) -> Result<Node, String> {
         let Some((pack, info)) = self.view.packs.get(place.pack as usize) else {
-            return Err(self.stopped(id, "its pack is not known"));
+            return Err("its pack is not known".to_owned());
         };
         let keys = self.pool.domain_keys(info.domain);
         let mut bytes = Vec::new();
@@ -343,8 +395,8 @@ impl Walk<'_> {
             bytes.clear();
             self.pool
                 .read_chunk(&keys, ChunkKind::Node, id, &mut |node| bytes.extend_from_slice(node))
-                .map_err(|error| self.stopped(id, error))?;
+                .map_err(|error| error.to_string())?;
         }
-        Node::decode(&bytes, level).map_err(|error| self.stopped(id, format!("{error:?}")))
+        Node::decode(&bytes, level).map_err(|error| format!("{error:?}"))
     }
 }

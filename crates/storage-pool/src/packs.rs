@@ -1,7 +1,7 @@
 //! Writing and reading packs (section 6).
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use environment::{Files, NewFile, ReadFile};
 use model::{DomainId, PoolId};
@@ -11,9 +11,12 @@ use crate::error::PoolError;
 use crate::format::pack::{
     self, FRAME_HEADER, FrameHeader, HEADER, PackHeader, PackKind, TableEntry, Trailer,
 };
+use crate::format::parity::Layout;
 use crate::format::{FormatError, short_hash};
 use crate::frame;
 use crate::keys::{DomainKeys, Keys, SealKey, frame_nonce, table_nonce};
+use crate::parity::{self, Parity, ReadAt, Rebuilder};
+use crate::rebuilt::Rebuilt;
 use crate::sequence::{self, Unpublished};
 
 /// A pack is finished when it has grown to this: large enough that its sync costs little, small enough that a cut
@@ -30,6 +33,8 @@ pub struct PackWriter {
     length: u64,
     frames: u32,
     table: Vec<TableEntry>,
+    /// Parity that it gets, in percent of its bytes.
+    pub(crate) parity: u32,
 }
 
 /// A pack that is durable.
@@ -39,8 +44,12 @@ pub struct FinishedPack {
     pub header: PackHeader,
     /// Bytes of its file.
     pub length: u64,
+    /// Of these, bytes up to the end of its trailer; its parity is behind them.
+    pub content: u64,
     /// Its chunks.
     pub table: Vec<TableEntry>,
+    /// Sectors of header, table and trailer that were rebuilt from parity to read this.
+    pub rebuilt: BTreeSet<u32>,
 }
 
 impl PackWriter {
@@ -55,10 +64,11 @@ impl PackWriter {
         let name = pack::name(id);
         let failed = |source| PoolError::io(files.display(&name), "create", source);
         let mut file = files.create(&name).map_err(failed)?;
-        let header = PackHeader { kind, pool, domain: keys.domain, pack: id };
+        let generation = keys.generation();
+        let header = PackHeader { kind, generation, pool, domain: keys.domain, pack: id };
         let raw_header = header.encode();
         file.append(&raw_header).map_err(failed)?;
-        let key = keys.pack(id)?;
+        let key = keys.pack(generation, id)?;
         Ok(PackWriter {
             files,
             header,
@@ -68,6 +78,7 @@ impl PackWriter {
             length: HEADER as u64,
             frames: 0,
             table: Vec::new(),
+            parity: 0,
         })
     }
 
@@ -79,6 +90,12 @@ impl PackWriter {
     /// Bytes so far.
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Bytes of the parity that it would get now.
+    pub(crate) fn parity_bytes(&self) -> u64 {
+        let layout = Layout::new(self.length, self.parity).filter(|_| self.parity > 0);
+        layout.map_or(0, |layout| layout.file() - layout.content)
     }
 
     fn append(&mut self, bytes: &[u8]) -> Result<(), PoolError> {
@@ -143,8 +160,21 @@ impl PackWriter {
     /// Writes table and trailer and makes the pack durable.
     pub(crate) fn finish(mut self) -> Result<FinishedPack, Unpublished> {
         self.end().map_err(Unpublished::Failed)?;
+        let content = self.length;
+        if self.parity > 0 {
+            self.length += parity::append(&mut *self.file, content, self.parity).map_err(|source| {
+                let path = self.files.display(&pack::name(self.header.pack));
+                Unpublished::Failed(PoolError::io(path, "write the parity of", source))
+            })?;
+        }
         sequence::publish_file(&*self.files, &pack::name(self.header.pack), self.file)?;
-        Ok(FinishedPack { header: self.header, length: self.length, table: self.table })
+        Ok(FinishedPack {
+            header: self.header,
+            length: self.length,
+            content,
+            table: self.table,
+            rebuilt: BTreeSet::new(),
+        })
     }
 
     fn end(&mut self) -> Result<(), PoolError> {
@@ -210,6 +240,37 @@ struct OpenPack {
     file: Box<dyn ReadFile>,
     key: SealKey,
     path: String,
+    /// Read when a frame is damaged.
+    parity: OnceLock<Parity>,
+}
+
+impl OpenPack {
+    /// The pack's parity, if it has any. That it cannot be had is not remembered: one failed read is no damage.
+    fn parity(&self) -> Option<&Parity> {
+        if self.parity.get().is_none() {
+            let length = self.file.len().ok()?;
+            let loaded = Parity::load(&|at, buf| self.file.read_exact_at(at, buf), length)?;
+            // Whoever was first is as right.
+            let _ = self.parity.set(loaded);
+        }
+        self.parity.get()
+    }
+
+    /// The encoded bytes of the frame at `offset`, by a way to read the file.
+    fn frame(&self, offset: u32, read: &ReadAt<'_>) -> Result<(FrameHeader, Vec<u8>), PoolError> {
+        let read = |at: u64, buf: &mut [u8]| {
+            read(at, buf).map_err(|source| match source.kind() {
+                std::io::ErrorKind::UnexpectedEof => {
+                    FormatError::at(at, "the pack ends before this byte").in_file(self.path.clone())
+                }
+                std::io::ErrorKind::InvalidData => {
+                    FormatError::at(at, source.to_string()).in_file(self.path.clone())
+                }
+                _ => PoolError::io(self.path.clone(), "read", source),
+            })
+        };
+        open_frame(&self.key, offset, read).map_err(|failure| failure.in_file(self.path.clone()))
+    }
 }
 
 /// A decoded frame.
@@ -263,6 +324,8 @@ pub struct PackReader {
     keys: Keys,
     open: Mutex<Recent<PackId, Arc<OpenPack>>>,
     frames: Mutex<Recent<(PackId, u32), Arc<DecodedFrame>>>,
+    /// What was read by its parity.
+    pub(crate) rebuilt: Rebuilt,
 }
 
 impl PackReader {
@@ -273,6 +336,7 @@ impl PackReader {
             keys,
             open: Mutex::new(Recent::new(OPEN_PACKS)),
             frames: Mutex::new(Recent::new(CACHED_FRAMES)),
+            rebuilt: Rebuilt::default(),
         }
     }
 
@@ -283,23 +347,78 @@ impl PackReader {
         let name = pack::name(pack);
         let path = self.files.display(&name);
         let file = self.files.open(&name).map_err(|source| PoolError::io(path.clone(), "open", source))?;
-        let opened = Arc::new(OpenPack { file, key: self.keys.domain(domain).pack(pack)?, path });
+        let key = self.key_of(&*file, pack, domain)?;
+        let opened = Arc::new(OpenPack { file, key, path, parity: OnceLock::new() });
         self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
         Ok(opened)
     }
 
-    /// The encoded bytes of the frame at `location`.
+    /// Key of a pack, as far as its file tells it; see [`PackReader::key_of`].
+    pub fn seal_key(&self, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+        let name = pack::name(pack);
+        let file = self.files.open(&name);
+        let file = file.map_err(|source| PoolError::io(self.files.display(&name), "open", source))?;
+        self.key_of(&*file, pack, domain)
+    }
+
+    /// Key of a pack. Its header says of which generation; a header that is damaged or names none that is known does not
+    /// keep the frames of the pack from being read, as they stand for themselves: the first one tells.
+    fn key_of(&self, file: &dyn ReadFile, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+        let keys = self.keys.domain(domain);
+        let generations: Vec<u16> = self.keys.roots().into_keys().collect();
+        if let [only] = generations[..] {
+            return keys.pack(only, pack);
+        }
+        let header = |read: &ReadAt<'_>| {
+            let mut raw = [0u8; HEADER];
+            read(0, &mut raw).ok().and_then(|()| PackHeader::decode(&raw).ok())
+        };
+        let as_stored = |at: u64, buf: &mut [u8]| file.read_exact_at(at, buf);
+        let header = header(&as_stored).or_else(|| {
+            let parity = Parity::load(&as_stored, file.len().ok()?)?;
+            let rebuilder = Rebuilder::new(&parity, &as_stored);
+            header(&|at, buf| rebuilder.read_at(at, buf))
+        });
+        let stated = header.map(|header| header.generation).filter(|generation| self.keys.knows(*generation));
+        let read = |at: u64, buf: &mut [u8]| {
+            file.read_exact_at(at, buf).map_err(|source| PoolError::io(String::new(), "read", source))
+        };
+        for generation in stated.iter().chain(generations.iter().rev()) {
+            let key = keys.pack(*generation, pack)?;
+            if open_frame(&key, HEADER as u32, read).is_ok() {
+                return Ok(key);
+            }
+        }
+        keys.pack(stated.unwrap_or_else(|| self.keys.generation()), pack)
+    }
+
+    /// The encoded bytes of the frame at `location`; what is damaged is rebuilt from the pack's parity, if it has any.
     pub fn encoded(&self, location: Location, domain: DomainId) -> Result<(FrameHeader, Vec<u8>), PoolError> {
         let pack = self.open(location.pack, domain)?;
-        let read = |at: u64, buf: &mut [u8]| {
-            pack.file.read_exact_at(at, buf).map_err(|source| match source.kind() {
-                std::io::ErrorKind::UnexpectedEof => {
-                    FormatError::at(at, "the pack ends before this byte").in_file(pack.path.clone())
-                }
-                _ => PoolError::io(pack.path.clone(), "read", source),
-            })
+        let frame = location.frame();
+        let as_stored = |at: u64, buf: &mut [u8]| pack.file.read_exact_at(at, buf);
+        let error = match pack.frame(frame, &as_stored) {
+            Ok(found) => return Ok(found),
+            Err(error) => error,
         };
-        open_frame(&pack.key, location.frame(), read).map_err(|failure| failure.in_file(pack.path.clone()))
+        let Some(parity) = pack.parity() else { return Err(error) };
+        let rebuilder = Rebuilder::new(parity, &as_stored);
+        match pack.frame(frame, &|at, buf| rebuilder.read_at(at, buf)) {
+            Ok(found) => {
+                self.rebuilt.note(location.pack, rebuilder.sectors());
+                Ok(found)
+            }
+            Err(PoolError::Damaged { path, offset, reason }) => {
+                let reason = match error {
+                    PoolError::Damaged { reason: before, .. } if before != reason => {
+                        format!("{before}; with its parity: {reason}")
+                    }
+                    _ => reason,
+                };
+                Err(PoolError::Damaged { path, offset, reason })
+            }
+            Err(_) => Err(error),
+        }
     }
 
     /// The decoded frame at `location`, from the cache where it is. Its chunks are not compared with their ids yet.
@@ -325,7 +444,15 @@ impl PackReader {
     }
 
     /// Whether the frame at `location` is there and fits its seal, which covers its header too: proof without decoding.
+    /// What only parity can give is not sound: a second rotten sector could take it away.
     pub fn is_sound(&self, location: Location, domain: DomainId) -> bool {
+        self.open(location.pack, domain).is_ok_and(|pack| {
+            pack.frame(location.frame(), &|at, buf| pack.file.read_exact_at(at, buf)).is_ok()
+        })
+    }
+
+    /// Whether the frame at `location` can be had, if need be by its parity.
+    pub(crate) fn is_there(&self, location: Location, domain: DomainId) -> bool {
         self.encoded(location, domain).is_ok()
     }
 
@@ -336,7 +463,7 @@ impl PackReader {
     }
 }
 
-/// Header and table of a pack file, checked against their hash and seal.
+/// Header and table of a pack file, checked against their hash and seal; rebuilt from its parity where that is needed.
 pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<FinishedPack, PoolError> {
     let name = pack::name(id);
     let path = files.display(&name);
@@ -344,43 +471,78 @@ pub fn read_table(files: &dyn Files, keys: &Keys, id: PackId) -> Result<Finished
         std::io::ErrorKind::UnexpectedEof => FormatError::at(0, "the pack is cut off").in_file(path.clone()),
         _ => PoolError::io(path.clone(), "read", source),
     };
-    let format = |error: FormatError| error.in_file(path.clone());
     let file = files.open(&name).map_err(io)?;
     let length = file.len().map_err(io)?;
+    let as_stored = |at: u64, buf: &mut [u8]| file.read_exact_at(at, buf);
+    // A pack without parity is read as if there were no such thing.
+    let error = match table_in(&as_stored, (length, length), &path, keys, id) {
+        Ok(found) => return Ok(found),
+        Err(error) => error,
+    };
+    let Some(known) = parity::find(&as_stored, length) else { return Err(error) };
+    let content = known.layout.content;
+    let error = match table_in(&as_stored, (content, length), &path, keys, id) {
+        Ok(found) => return Ok(found),
+        Err(error) => error,
+    };
+    let Some(parity) = Parity::of(&as_stored, known) else { return Err(error) };
+    let rebuilder = Rebuilder::new(&parity, &as_stored);
+    let again = table_in(&|at, buf| rebuilder.read_at(at, buf), (content, length), &path, keys, id);
+    match again {
+        Ok(found) => Ok(FinishedPack { rebuilt: rebuilder.sectors(), ..found }),
+        Err(_) => Err(error),
+    }
+}
+
+/// Header and table of a pack that ends at `content` of the `length` bytes of its file.
+fn table_in(
+    read: &ReadAt<'_>,
+    (content, length): (u64, u64),
+    path: &str,
+    keys: &Keys,
+    id: PackId,
+) -> Result<FinishedPack, PoolError> {
+    let io = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof => {
+            FormatError::at(0, "the pack is cut off").in_file(path.to_owned())
+        }
+        _ => PoolError::io(path.to_owned(), "read", source),
+    };
+    let format = |error: FormatError| error.in_file(path.to_owned());
     let mut raw = [0u8; HEADER];
-    file.read_exact_at(0, &mut raw).map_err(io)?;
+    read(0, &mut raw).map_err(io)?;
     let header = PackHeader::decode(&raw).map_err(format)?;
     if header.pack != id || header.pool != keys.pool() {
         return Err(format(FormatError::at(16, format!("is pack {} of pool {}", header.pack, header.pool))));
     }
     let mut end = [0u8; HEADER];
-    file.read_exact_at(length.saturating_sub(HEADER as u64), &mut end).map_err(io)?;
-    let trailer = Trailer::decode(&end, length).map_err(format)?;
+    read(content.saturating_sub(HEADER as u64), &mut end).map_err(io)?;
+    let trailer = Trailer::decode(&end, content).map_err(format)?;
     let mut table = vec![0u8; trailer.table_stored as usize];
-    file.read_exact_at(trailer.table_offset, &mut table).map_err(io)?;
+    read(trailer.table_offset, &mut table).map_err(io)?;
     if !Trailer::check(&end, &raw, &table) {
         return Err(format(FormatError::at(
             trailer.table_offset,
             "header, table and trailer do not fit their hash",
         )));
     }
-    let key = keys.domain(header.domain).pack(id)?;
+    let key = keys.domain(header.domain).pack(header.generation, id)?;
     let plain = key
         .open(table_nonce(trailer.table_offset), &raw, &mut table)
         .ok_or_else(|| format(FormatError::at(trailer.table_offset, "the seal of the table does not fit")))?;
     let table = pack::decode_table(plain).map_err(format)?;
-    Ok(FinishedPack { header, length, table })
+    Ok(FinishedPack { header, length, content, table, rebuilt: BTreeSet::new() })
 }
 
 /// The share that each chunk of a pack has in the stored bytes of its frame, by location.
 pub(crate) fn shares(pack: &FinishedPack) -> HashMap<u32, u64> {
     let frame = |entry: &TableEntry| Location { pack: pack.header.pack, at: entry.location }.frame();
-    // In order of location, as in the file; the table stands behind the last frame.
+    // In order of location, as in the file; the table stands behind the last frame, and parity behind the trailer.
     let mut places: Vec<&TableEntry> = pack.table.iter().collect();
     places.sort_unstable_by_key(|entry| entry.location);
     let table = pack::table_bytes(pack.table.len()) + HEADER as u64;
     let mut shares = HashMap::with_capacity(places.len());
-    let mut end = pack.length.saturating_sub(table);
+    let mut end = pack.content.saturating_sub(table);
     for chunks in places.chunk_by(|one, next| frame(one) == frame(next)).rev() {
         let start = chunks.first().map_or(0, |entry| u64::from(frame(entry)));
         let bytes = end.saturating_sub(start);

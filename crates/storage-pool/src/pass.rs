@@ -1,6 +1,6 @@
 //! Saying that something is under way in a pool; see [`mod@crate::activity`].
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use crate::chunk::{Location, PackId};
 use crate::pool::Pool;
@@ -47,6 +47,12 @@ impl Drop for ReclaimPass<'_> {
     }
 }
 
+/// Nothing is under way that seals packs, and nothing begins to, until this is dropped.
+pub(crate) struct AlonePass<'p> {
+    _reclaim: ReclaimPass<'p>,
+    _sealing: MutexGuard<'p, ()>,
+}
+
 impl Pool {
     fn enter(self: &Arc<Self>, is_ingest: bool) -> Pass {
         let mut activity = self.activity();
@@ -58,9 +64,19 @@ impl Pool {
         Pass { pool: self.clone(), number, began }
     }
 
-    /// An ingest begins.
+    /// An ingest begins. It waits for a rotation that is under way: some hundred milliseconds.
     pub(crate) fn enter_ingest(self: &Arc<Self>) -> Pass {
+        let _sealing = self.sealing.lock().unwrap_or_else(PoisonError::into_inner);
         self.enter(true)
+    }
+
+    /// A rotation begins, if neither an ingest nor a reclaim is under way: no pack is begun under the older root and ended
+    /// after it.
+    pub(crate) fn enter_alone(&self) -> Option<AlonePass<'_>> {
+        let sealing = self.sealing.lock().unwrap_or_else(PoisonError::into_inner);
+        let reclaim = self.enter_reclaim()?;
+        let is_idle = !self.activity().has_ingest();
+        is_idle.then_some(AlonePass { _reclaim: reclaim, _sealing: sealing })
     }
 
     /// Somebody begins to read points.

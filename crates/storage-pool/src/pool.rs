@@ -6,7 +6,7 @@ use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
 };
 
-use environment::{Clock, Files, Lock, Randomness};
+use environment::{Files, Lock};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
 use prost::Message;
 
@@ -15,16 +15,20 @@ use crate::bundle::{self, Span};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
 use crate::format::pack::PackKind;
+use crate::format::parity;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
 use crate::index::{Index, Tables};
-use crate::keys::{DomainKeys, Keys, Secret, wrap_key};
+use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
 use crate::packs::{self, FinishedPack, PackReader, PackWriter};
+use crate::rebuilt::Repaired;
+use crate::rings::{self, RecipientKind, wrap_root};
 use crate::sequence::{self, Appender, Tip, Unpublished};
 use crate::sorter::Room;
 use crate::state::{Point, State};
+pub use crate::world::{World, key_name};
 
 /// Settings fixed at creation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Settings {
     pub zstd_level: i32,
     /// Bytes that ingests leave free on the volume; none at creation for a hundredth of the volume, 1 MiB to 1 GiB.
     pub reserve: Option<u64>,
+    /// Parity that packs get, in percent of their bytes (section 6.1); 0 for none.
+    pub parity_percent: u32,
 }
 
 impl Default for Settings {
@@ -57,6 +63,7 @@ impl Default for Settings {
             breaker_percent: 50,
             zstd_level: 3,
             reserve: None,
+            parity_percent: 0,
         }
     }
 }
@@ -72,37 +79,8 @@ impl Settings {
             breaker_percent: 100,
             zstd_level: 3,
             reserve: Some(0),
+            parity_percent: 0,
         }
-    }
-}
-
-/// The world around a pool.
-#[derive(Clone)]
-pub struct World {
-    /// Its folder.
-    pub files: Arc<dyn Files>,
-    /// Time.
-    pub clock: Arc<dyn Clock>,
-    /// Unpredictable bytes.
-    pub randomness: Arc<dyn Randomness>,
-}
-
-impl World {
-    /// A fresh random id.
-    pub fn random_id(&self) -> Result<[u8; 16], PoolError> {
-        let mut id = [0u8; 16];
-        self.randomness
-            .fill(&mut id)
-            .map_err(|source| PoolError::io(self.files.display(""), "draw random bytes for", source))?;
-        Ok(id)
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.files.display(name)
-    }
-
-    fn publish(&self, name: &str, bytes: &[u8]) -> Result<(), PoolError> {
-        sequence::publish(&*self.files, name, bytes).map_err(|failed| failed.into_error(self.path(name)))
     }
 }
 
@@ -129,11 +107,6 @@ pub enum Access {
 /// Name of the pool's header.
 pub const HEADER_NAME: &str = "pool.stillpoint";
 pub(crate) const LOCK_NAME: &str = "writer.lock";
-
-/// Name of a recipient's key file.
-pub fn key_name(id: RecipientId) -> String {
-    format!("keys/{id}.key")
-}
 
 struct Writer {
     appender: Appender,
@@ -165,6 +138,12 @@ pub struct Pool {
     tables: Mutex<Tables>,
     /// First bytes of pack ids whose folders are there and have durable names.
     pack_folders: Mutex<BTreeSet<u8>>,
+    /// By whom the pool was opened.
+    pub(crate) recipient: Recipient,
+    /// Held by whoever changes who can open the pool.
+    pub(crate) recipients: Mutex<()>,
+    /// Held by a rotation, and for a moment by an ingest that begins.
+    pub(crate) sealing: Mutex<()>,
     notes: Vec<Damage>,
 }
 
@@ -242,10 +221,12 @@ impl Pool {
         for folder in ["keys", "sequence", "packs", "index"] {
             world.files.make_folder(folder).map_err(|source| io(folder, "create", source))?;
         }
-        for (recipient, kind) in [(&server_recipient, 1u16), (&read_back, 2)] {
-            let bytes = wrap_root(&world, recipient, kind, &root)?;
+        let keys = Keys::new(pool, root);
+        let all = [(&server_recipient, RecipientKind::Server), (&read_back, RecipientKind::Kit)];
+        for (recipient, kind) in all {
+            let bytes = wrap_root(&world, recipient, kind, &keys)?;
             world.publish(&key_name(recipient.id), &bytes)?;
-            unwrap_root(&world, recipient)?;
+            rings::open(&world, recipient)?;
         }
         let created = world.clock.now_micros();
         let header = payload::Header {
@@ -259,6 +240,7 @@ impl Pool {
                 breaker_percent: settings.breaker_percent,
                 zstd_level: settings.zstd_level,
                 reserve: settings.reserve.unwrap_or_else(|| default_reserve(&*world.files)),
+                parity_percent: settings.parity_percent.min(parity::MAX_PERCENT),
             }),
         };
         // The header comes last of the files that never change: a folder without it is no pool.
@@ -280,9 +262,9 @@ impl Pool {
             return Err(PoolError::OtherPool { expected: recipient.pool, found: header.id });
         }
         let mut notes: Vec<Damage> = header_damage.into_iter().collect();
-        let (root, key_damage) = unwrap_root(&world, recipient)?;
-        notes.extend(key_damage);
-        let keys = Keys::new(header.id, root);
+        let mut opened = rings::open(&world, recipient)?;
+        notes.append(&mut opened.damage);
+        let keys = opened.keys.clone();
 
         let lock = match &access {
             Access::Read => None,
@@ -306,6 +288,18 @@ impl Pool {
         // The state first, then the index: a reader beside a writer must find every chunk that a point names. If a
         // writer went on between the two, the state is read again.
         let (mut state, mut bundles, mut bundle_damage) = bundle::load_bundled(&*world.files, &keys)?;
+        for _ in 0..LOOKS {
+            // A writer may have rotated the keys between the look at the rings and that at the records.
+            let newest = keys.newest();
+            if !state.unreadable.iter().any(|record| record.generation.is_some()) {
+                break;
+            }
+            opened.rings = rings::look_again(&world, recipient, &keys)?;
+            if keys.newest() == newest {
+                break;
+            }
+            (state, bundles, bundle_damage) = bundle::load_bundled(&*world.files, &keys)?;
+        }
         let mut index = None;
         for _ in 0..LOOKS {
             let (witnessed, is_sound) = if lock.is_some() {
@@ -329,7 +323,15 @@ impl Pool {
                 break;
             }
         }
+        keys.seal_under(state.generation);
         if lock.is_some() {
+            // Whoever was removed, or lacks a ring, must not go on with the older root.
+            if let Some((record, generation)) =
+                state.unreadable.iter().find_map(|record| Some((record, record.generation?)))
+            {
+                keys.root(generation)
+                    .map_err(|error| PoolError::KeyWrong { reason: format!("{}: {error}", record.path) })?;
+            }
             if let Some((record, needs)) =
                 state.unreadable.iter().find_map(|record| Some((record, record.needs?)))
             {
@@ -345,6 +347,9 @@ impl Pool {
                 world.files.sync_folder(&folder).map_err(|source| io(&folder, "sync", source))?;
             }
         }
+        let counts = |generation: &u16| state.rings.contains_key(generation) || !state.unreadable.is_empty();
+        let rings = opened.rings.into_iter().filter(|(generation, _)| counts(generation));
+        notes.extend(rings.flat_map(|(_, damage)| damage));
         notes.extend(bundle_damage);
         notes.extend(record_damage(&state));
         let reader = PackReader::new(world.files.clone(), keys.clone());
@@ -371,6 +376,9 @@ impl Pool {
             domains: Mutex::new(HashMap::new()),
             tables: Mutex::new(Tables::default()),
             pack_folders: Mutex::new(pack_folders),
+            recipient: recipient.clone(),
+            recipients: Mutex::new(()),
+            sealing: Mutex::new(()),
             notes,
             world,
         };
@@ -380,6 +388,11 @@ impl Pool {
             }
             if pool.state().server != server {
                 pool.append(Kind::Takeover, &payload::Takeover { server: server.to_vec(), name })?;
+            }
+            // The end of a rotation that was cut off after its record.
+            let is_last = |state: &State| state.rotated == state.head;
+            if is_last(&pool.state()) {
+                pool.tick()?;
             }
             // Chunks of a job that was killed, and of runs that were damaged, get an index again. A full disk does not
             // keep a pool from being opened: they are in memory.
@@ -442,7 +455,9 @@ impl Pool {
                     Ok(index) => return index.into(),
                     Err(error) => return Index::closed(self.world.files.clone(), &self.keys, error).into(),
                 };
-                // What is missing may have been removed by a reclaim after this pool was opened for reading.
+                // What is missing may have been removed by a reclaim after this pool was opened for reading, and what cannot
+                // be read may be sealed under a key generation that began since.
+                let _ = self.learn_rings();
                 match bundle::load_bundled(&*self.world.files, &self.keys) {
                     Ok((fresh, ..)) if fresh.head != head => {
                         (head, permitted) = (fresh.head, fresh.permitted)
@@ -474,13 +489,24 @@ impl Pool {
         kind: Kind,
         decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
     ) -> Result<Option<u64>, PoolError> {
+        self.append_under(kind, None, decide)
+    }
+
+    /// The same, sealed under a key generation that begins with it.
+    pub(crate) fn append_under<M: std::ops::Deref<Target: Message + Sized>>(
+        &self,
+        kind: Kind,
+        begins: Option<u16>,
+        decide: impl FnOnce(&State) -> Result<Option<M>, PoolError>,
+    ) -> Result<Option<u64>, PoolError> {
         let mut writer = self.writer()?;
         self.bundle(&mut writer);
         self.is_trusted(&writer)?;
         let (record, tip) = {
             let state = self.state();
             let Some(record) = decide(&state)? else { return Ok(None) };
-            (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch })
+            let generation = begins.unwrap_or(state.generation);
+            (record, Tip { head: state.head, hash: state.head_hash, epoch: state.epoch, generation })
         };
         let time = self.world.clock.now_micros();
         let appended = writer.appender.append(tip, time, kind, &*record).map_err(|failed| {
@@ -492,6 +518,8 @@ impl Pool {
         let number = appended.tip.head;
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         (state.head, state.head_hash) = (number, appended.tip.hash);
+        state.generation = state.generation.max(appended.tip.generation);
+        self.keys.seal_under(state.generation);
         state.apply(number, appended.tip.epoch, time, kind as u16, &appended.payload).map_err(|reason| {
             writer.broken.get_or_insert(reason.clone());
             PoolError::Misuse(format!("{}: {reason}", self.world.path(&crate::format::record::name(number))))
@@ -519,6 +547,15 @@ impl Pool {
             }
             // A full disk, say: it is tried again later, and the records themselves are there.
             Err(_) => writer.bundle_after = head + bundle::BUNDLE_RECORDS,
+        }
+    }
+
+    /// Bundles of an older key generation are not believed; new ones begin at the first record.
+    pub(crate) fn forget_bundles(&self) {
+        if let Some(writer) = &self.writer {
+            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.bundles.clear();
+            writer.bundle_after = 0;
         }
     }
 
@@ -573,7 +610,7 @@ impl Pool {
         })
     }
 
-    fn break_writer(&self, error: &PoolError) {
+    pub(crate) fn break_writer(&self, error: &PoolError) {
         if let Some(writer) = &self.writer {
             let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
             writer.broken.get_or_insert(error.to_string());
@@ -722,7 +759,8 @@ impl Pool {
         result
     }
 
-    fn heed_naming(&self, error: &PoolError) {
+    /// If a name may not last, nothing more is written (INV-5).
+    pub(crate) fn heed_naming(&self, error: &PoolError) {
         if let PoolError::Io { action: sequence::NAMING, .. } = error {
             self.break_writer(error);
         }
@@ -1021,6 +1059,7 @@ impl Pool {
     /// Every place of a chunk, in the index as it is now. A writer's own is; a reader opens it anew.
     fn look_again(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
         if !self.is_writable() {
+            self.learn_rings()?;
             let permitted = bundle::load_bundled(&*self.world.files, &self.keys)?.0.permitted;
             let gone = |pack| permitted.contains_key(&pack);
             let fresh = Index::open(self.world.files.clone(), &self.keys, &gone)?;
@@ -1067,9 +1106,28 @@ impl Pool {
         if !self.tables().meet(pack) {
             return;
         }
-        if let Ok(table) = packs::read_table(&*self.world.files, &self.keys, pack) {
+        if let Ok(table) = self.read_table(pack) {
             self.tables().hold(&table);
         }
+    }
+
+    /// A mark for [`Pool::rebuilt_since`].
+    pub fn rebuilt_mark(&self) -> u64 {
+        self.reader.rebuilt.mark()
+    }
+
+    /// What anybody who read from this pool since a mark met damaged and had from parity.
+    pub fn rebuilt_since(&self, mark: u64) -> Vec<Repaired> {
+        self.reader.rebuilt.since(mark)
+    }
+
+    /// Header and table of a pack; that parity was needed for them is told like any other.
+    pub(crate) fn read_table(&self, id: PackId) -> Result<FinishedPack, PoolError> {
+        let table = packs::read_table(&*self.world.files, &self.keys, id)?;
+        if !table.rebuilt.is_empty() {
+            self.reader.rebuilt.note(id, table.rebuilt.iter().copied());
+        }
+        Ok(table)
     }
 
     pub(crate) fn forget_pack(&self, pack: PackId) {
@@ -1147,6 +1205,7 @@ pub fn read_header(world: &World) -> Result<(PoolHeader, Option<Damage>), PoolEr
             breaker_percent: settings.breaker_percent,
             zstd_level: settings.zstd_level,
             reserve: Some(settings.reserve),
+            parity_percent: settings.parity_percent.min(parity::MAX_PERCENT),
         },
     };
     Ok((header, twin.damage.map(|damage| twin_damage(path, &damage))))
@@ -1158,86 +1217,4 @@ fn twin_damage(path: String, damage: &crate::format::FormatError) -> Damage {
         crate::format::FormatError::TooNew(version) => (0, format!("one copy needs version {version}")),
     };
     Damage::File { path, offset, reason: format!("{reason}; the other copy serves"), derived: false }
-}
-
-/// Bytes of the key file that wraps `root` for `recipient`.
-pub(crate) fn wrap_root(
-    world: &World,
-    recipient: &Recipient,
-    kind: u16,
-    root: &Secret,
-) -> Result<Vec<u8>, PoolError> {
-    let mut nonce = [0u8; 12];
-    let name = key_name(recipient.id);
-    world
-        .randomness
-        .fill(&mut nonce)
-        .map_err(|source| PoolError::io(world.path(&name), "draw random bytes for", source))?;
-    let mut content = Vec::with_capacity(100);
-    content.extend_from_slice(&recipient.pool.0);
-    content.extend_from_slice(&recipient.id.0);
-    content.extend_from_slice(&kind.to_le_bytes());
-    content.extend_from_slice(&[0; 6]);
-    let mut sealed = root.expose().to_vec();
-    wrap_key(&recipient.secret, recipient.pool)?.seal(nonce, &content, &mut sealed)?;
-    content.extend_from_slice(&nonce);
-    content.extend_from_slice(&sealed);
-    Ok(twin::encode(twin::KEY, &content))
-}
-
-/// The root key, by a recipient's secret, and what is wrong with one copy of the key file.
-pub(crate) fn unwrap_root(
-    world: &World,
-    recipient: &Recipient,
-) -> Result<(Secret, Option<Damage>), PoolError> {
-    let name = key_name(recipient.id);
-    let path = world.path(&name);
-    let bytes = world.files.read(&name, twin::MAX_BYTES).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => {
-            PoolError::KeyMissing { path: path.clone(), recipient: recipient.id.to_string() }
-        }
-        _ => PoolError::io(path.clone(), "read", source),
-    })?;
-    let twin = twin::decode(twin::KEY, &bytes).map_err(|error| error.in_file(path.clone()))?;
-    let wrong = |reason: &str| PoolError::KeyWrong { reason: format!("{path}: {reason}") };
-    if twin.content.len() != 100 {
-        return Err(wrong("the key file has an unexpected length"));
-    }
-    let (about, rest) = twin.content.split_at(40);
-    let (nonce, sealed) = rest.split_at(12);
-    if about[..16] != recipient.pool.0 || about[16..32] != recipient.id.0 {
-        return Err(wrong("the key file belongs to another pool or recipient"));
-    }
-    let mut sealed = sealed.to_vec();
-    let nonce: [u8; 12] = nonce.try_into().map_err(|_| wrong("no nonce"))?;
-    let root = wrap_key(&recipient.secret, recipient.pool)?
-        .open(nonce, about, &mut sealed)
-        .and_then(|root| <[u8; 32]>::try_from(&*root).ok())
-        .ok_or_else(|| wrong("the secret does not open it"))?;
-    Ok((Secret::from_bytes(root), twin.damage.map(|damage| twin_damage(path.clone(), &damage))))
-}
-
-impl Pool {
-    /// Whether a recipient's secret opens this pool.
-    pub fn prove(&self, recipient: &Recipient) -> Result<(), PoolError> {
-        unwrap_root(&self.world, recipient).map(drop)
-    }
-
-    /// Adds a recipient: a further recovery kit. `keep_kit` as in [`Pool::create`].
-    pub fn add_kit(
-        &self,
-        keep_kit: &mut dyn FnMut(&Recipient) -> Result<Recipient, PoolError>,
-    ) -> Result<RecipientId, PoolError> {
-        if !self.is_writable() {
-            return Err(PoolError::ReadOnly);
-        }
-        let secret = Secret::random(&*self.world.randomness)
-            .map_err(|source| PoolError::io(self.path(), "draw random bytes for", source))?;
-        let kit = Recipient { pool: self.id(), id: RecipientId(self.world.random_id()?), secret };
-        let bytes = wrap_root(&self.world, &kit, 2, self.keys.root())?;
-        self.world.publish(&key_name(kit.id), &bytes)?;
-        let read_back = keep_kit(&kit)?;
-        unwrap_root(&self.world, &read_back)?;
-        Ok(kit.id)
-    }
 }

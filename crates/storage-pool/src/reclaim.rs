@@ -11,6 +11,9 @@
 //! | all of these at once | the commit looks again, in the step that records the point |
 //! | a chunk that a reader is about to read | a rewritten chunk is in the index before its old pack goes; whoever finds the file gone looks it up again |
 //!
+//! Where candidates come from: the reference counts ([`mod@crate::counts`]), which follow what came and went. They decide nothing;
+//! the mark before the permit does, and is compared with them.
+//!
 //! Refuses: beginning beside another reclaim; freeing anything when a record or a node cannot be read (INV-12); freeing
 //! more than the breaker allows.
 //!
@@ -26,6 +29,7 @@ use std::sync::Arc;
 use model::Timestamp;
 
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+use crate::counts::{self, Counted, Failure};
 pub use crate::deletion::{DeletionService, InProcessDeletion, run_deletion_service};
 use crate::error::PoolError;
 use crate::format::pack::{self, PackHeader, PackKind};
@@ -36,6 +40,7 @@ use crate::mark::Marks;
 use crate::packs::{self, PackWriter};
 use crate::pool::Pool;
 use crate::sorter::{Sorted, Sorter, distinct};
+use crate::state::State;
 
 /// A pack with less than this share of its stored bytes in use is rewritten, in percent, as long as all rewriting writes
 /// no more than it frees.
@@ -44,6 +49,8 @@ pub const REWRITE_BELOW_PERCENT: u64 = 60;
 const LOOK_BELOW_PERCENT: u64 = 80;
 /// Most packs that one reclaim rewrites: 256 GiB are read for them.
 const REWRITES: usize = 8192;
+/// Most packs that are looked at that closely where counts are kept.
+const LOOKS: usize = 2 * REWRITES;
 /// Tables that are held at once when a permit is carried out late: 100 MB.
 const TABLES_TOGETHER: usize = 2000;
 
@@ -57,8 +64,10 @@ pub struct ReclaimOptions {
     pub hold: Option<u64>,
     /// Percent of the pool that may be freed instead of the pool's breaker.
     pub breaker_percent: Option<u32>,
-    /// Only say what would be done.
+    /// Only say what would be done. Where this process may write, the reference counts are kept up to date all the same.
     pub dry_run: bool,
+    /// Find candidates by a full mark, whatever the reference counts say. For doubt and for measurements.
+    pub mark_all: bool,
 }
 
 /// What a reclaim did.
@@ -85,9 +94,26 @@ pub struct ReclaimReport {
     pub released_packs: u64,
     /// Bytes of all packs before.
     pub pool_bytes: u64,
+    /// What became of the reference counts.
+    pub counts: CountsUse,
+}
+
+/// What became of the reference counts in a reclaim.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum CountsUse {
+    /// They followed what came and went since the last reclaim.
+    #[default]
+    Kept,
+    /// They could not be used, for this reason, and were made anew.
+    Anew(String),
+    /// A mark found them wrong: nothing was unlinked, and they were made anew.
+    Wrong(String),
+    /// There was no room for them, this process may not write, or it was asked for: everything was marked instead.
+    Unused,
 }
 
 /// What a reclaim wants to let go of.
+#[derive(Default)]
 struct Candidates {
     expired: u64,
     /// Bytes of all packs.
@@ -140,12 +166,13 @@ impl Pool {
         }
         self.finish_permits(options, service)?;
 
-        let found = self.with_marks(&[], |marks| self.candidates(marks))?;
-        let mut report = ReclaimReport {
-            expired_points: found.expired,
-            pool_bytes: found.pool,
-            ..ReclaimReport::default()
+        let mut report = ReclaimReport::default();
+        let counted = self.counted(options, &mut report)?;
+        let (found, mut counted) = match counted {
+            Some((counted, found)) => (found, Some(counted)),
+            None => (self.with_marks(&[], |marks| self.candidates(marks))?, None),
         };
+        (report.expired_points, report.pool_bytes) = (found.expired, found.pool);
         let mut sparse = if options.dry_run { found.sparse } else { self.sound_only(found.sparse)? };
         let freed: u64 = found.empty.iter().map(|(_, length)| length).sum::<u64>()
             + sparse.iter().map(|pack| pack.length).sum::<u64>();
@@ -165,13 +192,74 @@ impl Pool {
             }
             copied => copied?,
         };
+        if report.rewritten_bytes > 0 && counted.is_some() {
+            // Before the old packs go, so that nothing of theirs is to be moved when they are gone.
+            match self.update_counts(None) {
+                Ok(after) => counted = Some(after),
+                Err(PoolError::Full { .. } | PoolError::Reserve { .. }) => sparse.clear(),
+                Err(error) => return Err(error),
+            }
+        }
         let mut packs = found.empty;
         packs.extend(sparse.iter().map(|pack| (pack.id, pack.length)));
         packs.sort_unstable();
         report.quarantined_bytes = self.quarantine(packs, report.rewritten_bytes)?;
-        self.permit(options, service, &mut report)?;
+        self.permit(options, service, counted.as_ref(), &mut report)?;
+        if let Some(counted) = &counted
+            && counted.store.has_needless(&*self.world.files)?
+        {
+            service.carry_out(None, &[])?;
+        }
         self.make_ballast()?;
         Ok(report)
+    }
+
+    /// Candidates by the reference counts, brought up to date; none if there is no room to do so.
+    fn counted(
+        self: &Arc<Self>,
+        options: ReclaimOptions,
+        report: &mut ReclaimReport,
+    ) -> Result<Option<(Counted, Candidates)>, PoolError> {
+        report.counts = CountsUse::Unused;
+        if !self.is_writable() || options.mark_all {
+            return Ok(None);
+        }
+        let mut distrusted = None;
+        loop {
+            let is_again = distrusted.is_some();
+            let counted = match self.update_counts(distrusted.take()) {
+                Ok(counted) => counted,
+                Err(PoolError::Full { .. } | PoolError::Reserve { .. }) => return Ok(None),
+                Err(error) => return Err(error),
+            };
+            match self.counted_candidates(&counted) {
+                Ok(found) => {
+                    report.counts = counted.anew.clone().map_or(CountsUse::Kept, CountsUse::Anew);
+                    return Ok(Some((counted, found)));
+                }
+                Err(Failure::Counts(reason)) if !is_again => distrusted = Some(reason),
+                Err(Failure::Counts(reason)) => return Err(PoolError::Stopped { reason }),
+                Err(Failure::Pool(PoolError::Full { .. })) => return Ok(None),
+                Err(Failure::Pool(error)) => self.index_mut().heal(error)?,
+            }
+        }
+    }
+
+    /// Packs without use, and those with so little that copying it pays, by the figures that the counts keep.
+    fn counted_candidates(&self, counted: &Counted) -> Result<Candidates, Failure> {
+        let (view, state) = (counted.view(), counted.state());
+        let mut found = Candidates { expired: counted.expired(), ..Candidates::default() };
+        let tallies = counted.rows.iter().map(|row| Tally { chunks: row.entries, used: row.used });
+        let mut may_be_sparse = self.sort_out(view, state, tallies, &mut found);
+        may_be_sparse.sort_unstable();
+        may_be_sparse.truncate(LOOKS);
+        if may_be_sparse.is_empty() {
+            return Ok(found);
+        }
+        let packs: Vec<usize> = may_be_sparse.into_iter().map(|(_, at)| at).collect();
+        let used = self.needed_places(counted, &packs)?;
+        self.choose(view, &used, &mut found)?;
+        Ok(found)
     }
 
     /// Puts packs into quarantine, but for those that something under way makes or shares. Gives their bytes.
@@ -192,8 +280,7 @@ impl Pool {
     fn candidates(&self, marks: &Marks) -> Result<Candidates, PoolError> {
         let state = self.state().clone();
         let view = &marks.view;
-        let mut found = Candidates { expired: marks.expired, pool: 0, empty: Vec::new(), sparse: Vec::new() };
-        found.pool = view.packs.iter().filter(|(_, info)| info.present).map(|(_, info)| info.length).sum();
+        let mut found = Candidates { expired: marks.expired, ..Candidates::default() };
         let pack = |place: &ViewPlace| view.packs.get(place.pack as usize);
         // A chunk with several copies is needed in one only: the newest sound one that is not on its way out.
         let is_sound = |place: &&ViewPlace| {
@@ -221,26 +308,12 @@ impl Pool {
                 tally.used += u32::from(is_needed && is_home);
             }
         }
-        let activity = self.activity();
         let mut may_be_sparse = vec![false; tallies.len()];
-        for (at, ((id, info), tally)) in view.packs.iter().zip(&tallies).enumerate() {
-            let is_on_its_way = state.quarantined.contains_key(id) || state.permitted.contains_key(id);
-            if is_on_its_way || activity.is_pinned(*id) {
-                continue;
-            }
-            // A missing pack frees nothing, but goes through the same steps: then nothing asks for it any more.
-            let length = if info.present { info.length } else { 0 };
-            if tally.used == 0 {
-                found.empty.push((*id, length));
-            } else if info.present
-                && !state.damaged.contains_key(id)
-                && u64::from(tally.used) * 100 < u64::from(tally.chunks) * LOOK_BELOW_PERCENT
-                && let Some(may) = may_be_sparse.get_mut(at)
-            {
+        for (_, at) in self.sort_out(view, &state, tallies.into_iter(), &mut found) {
+            if let Some(may) = may_be_sparse.get_mut(at) {
                 *may = true;
             }
         }
-        drop(activity);
         if !may_be_sparse.contains(&true) {
             return Ok(found);
         }
@@ -261,9 +334,45 @@ impl Pool {
                 }
             }
         }
-        let used = used.finish();
+        self.choose(view, &used.finish(), &mut found)?;
+        Ok(found)
+    }
+
+    /// Finds the packs without use. Gives those with little, as thousandths of their chunks and position in the view.
+    fn sort_out(
+        &self,
+        view: &View,
+        state: &State,
+        tallies: impl Iterator<Item = Tally>,
+        found: &mut Candidates,
+    ) -> Vec<(u64, usize)> {
+        found.pool = view.packs.iter().filter(|(_, info)| info.present).map(|(_, info)| info.length).sum();
+        let activity = self.activity();
+        let mut may_be_sparse = Vec::new();
+        for (at, ((id, info), tally)) in view.packs.iter().zip(tallies).enumerate() {
+            let is_on_its_way = state.quarantined.contains_key(id) || state.permitted.contains_key(id);
+            if is_on_its_way || activity.is_pinned(*id) {
+                continue;
+            }
+            // A missing pack frees nothing, but goes through the same steps: then nothing asks for it any more.
+            let length = if info.present { info.length } else { 0 };
+            let (used, chunks) = (u64::from(tally.used), u64::from(tally.chunks));
+            if used == 0 {
+                found.empty.push((*id, length));
+            } else if info.present
+                && !state.damaged.contains_key(id)
+                && used * 100 < chunks * LOOK_BELOW_PERCENT
+            {
+                may_be_sparse.push((used * 1000 / chunks.max(1), at));
+            }
+        }
+        may_be_sparse
+    }
+
+    /// Of packs and their used places, those of which so little is in use that copying it pays.
+    fn choose(&self, view: &View, used: &Sorted<8>, found: &mut Candidates) -> Result<(), PoolError> {
         let mut sparse = Vec::new();
-        self.each_pack(view, &used, &mut |at, id, length, used| {
+        self.each_pack(view, used, &mut |at, id, length, used| {
             let live = self.live_bytes(id, &used)?;
             if live * 100 < REWRITE_BELOW_PERCENT * length {
                 sparse.push((live * 1000 / length.max(1), at, live, length));
@@ -283,13 +392,12 @@ impl Pool {
             })
             .map(|(_, at, ..)| at)
             .collect();
-        self.each_pack(view, &used, &mut |at, id, length, used| {
+        self.each_pack(view, used, &mut |at, id, length, used| {
             if chosen.contains(&at) {
                 found.sparse.push(Sparse { id, length, used });
             }
             Ok(())
-        })?;
-        Ok(found)
+        })
     }
 
     /// Goes through used places, pack by pack.
@@ -322,8 +430,8 @@ impl Pool {
         }
     }
 
-    /// Of these packs, those of which everything that is used can be read. Damage of the others is recorded: they stay,
-    /// for whatever can still be made of them.
+    /// Of these packs, those of which everything that is used can be read, if need be by parity. Damage of the others is
+    /// recorded: they stay, for whatever can still be made of them.
     fn sound_only(&self, packs: Vec<Sparse>) -> Result<Vec<Sparse>, PoolError> {
         let mut sound = Vec::new();
         for pack in packs {
@@ -332,7 +440,7 @@ impl Pool {
                 pack.used.iter().map(|&at| Location { pack: pack.id, at }.frame()).collect();
             let damaged: Vec<u32> = frames
                 .into_iter()
-                .filter(|&at| !self.reader.is_sound(Location::new(pack.id, at, 0), info.domain))
+                .filter(|&at| !self.reader.is_there(Location::new(pack.id, at, 0), info.domain))
                 .collect();
             if damaged.is_empty() {
                 sound.push(pack);
@@ -349,16 +457,18 @@ impl Pool {
         Ok(sound)
     }
 
-    /// Stored bytes of chunks of a pack: the share of each in its frame.
+    /// Stored bytes of chunks of a pack: the share of each in its frame, and in the pack's parity.
     fn live_bytes(&self, id: PackId, used: &BTreeSet<u32>) -> Result<u64, PoolError> {
-        let table = match packs::read_table(&*self.world.files, &self.keys, id) {
+        let table = match self.read_table(id) {
             Ok(table) => table,
             Err(error @ PoolError::Io { .. }) => return Err(error),
             // A damaged table: leave the pack alone.
             Err(_) => return Ok(u64::MAX / 2000),
         };
         let shares = packs::shares(&table);
-        Ok(used.iter().filter_map(|at| shares.get(at)).sum())
+        let live: u64 = used.iter().filter_map(|at| shares.get(at)).sum();
+        // Both what is written and what is freed have their parity with them.
+        Ok((u128::from(live) * u128::from(table.length) / u128::from(table.content.max(1))) as u64)
     }
 
     /// Copies what is used of packs into new packs, durable and indexed. Each chunk is decoded and compared with its id on
@@ -373,7 +483,7 @@ impl Pool {
             Ok(())
         };
         for pack in packs {
-            let table = packs::read_table(&*self.world.files, &self.keys, pack.id)?;
+            let table = self.read_table(pack.id)?;
             let PackHeader { domain, kind, .. } = table.header;
             let keys = self.domain_keys(domain);
             let (chunk_kind, group) = match kind {
@@ -423,6 +533,7 @@ impl Pool {
                         PackWriter::begin(self.world.files.clone(), self.id(), &keys, kind, id)?
                     }
                 };
+                writer.parity = self.settings().parity_percent;
                 writer.put(codec, &encoded, decoded as u32, part)?;
                 if writer.length() >= packs::PACK_BYTES {
                     finish(writer)?;
@@ -444,6 +555,7 @@ impl Pool {
         self: &Arc<Self>,
         options: ReclaimOptions,
         service: &dyn DeletionService,
+        counted: Option<&Counted>,
         report: &mut ReclaimReport,
     ) -> Result<(), PoolError> {
         let hold = options.hold.unwrap_or(0).max(self.settings().reclaim_hold) * Timestamp::SECOND;
@@ -473,10 +585,14 @@ impl Pool {
             return Ok(());
         }
         let is_due: HashSet<PackId> = due.iter().map(|(id, _)| *id).collect();
-        let needed = self.with_marks(&[], |marks| match self.needed_of(marks, &is_due, true) {
-            // No room to sort: in no order, then.
-            Err(PoolError::Full { .. }) => self.needed_of(marks, &is_due, false),
-            done => done,
+        let (needed, wrong) = self.with_marks(&[], |marks| {
+            let wrong = counted.and_then(|counted| counts::contradicts(counted, marks, &is_due).transpose());
+            let needed = match self.needed_of(marks, &is_due, true) {
+                // No room to sort: in no order, then.
+                Err(PoolError::Full { .. }) => self.needed_of(marks, &is_due, false),
+                done => done,
+            };
+            Ok((needed?, wrong.transpose()?))
         })?;
         let released: Vec<PackId> = is_due.intersection(&needed).copied().collect();
         due.retain(|(id, _)| !needed.contains(id));
@@ -484,6 +600,15 @@ impl Pool {
             report.released_packs = released.len() as u64;
             let packs = released.iter().flat_map(|id| id.0).collect();
             self.append(Kind::Release, &payload::Packs { packs, bytes: 0, rewritten: 0 })?;
+        }
+        if let Some(reason) = wrong {
+            // The mark alone decides, but what made it differ is not understood: the next one may let go of the rest.
+            report.held_bytes += due.iter().map(|(_, length)| length).sum::<u64>();
+            report.counts = CountsUse::Wrong(reason.clone());
+            return match self.update_counts(Some(reason)) {
+                Ok(_) | Err(PoolError::Full { .. } | PoolError::Reserve { .. }) => Ok(()),
+                Err(error) => Err(error),
+            };
         }
         for part in due.chunks(PACKS_A_RECORD) {
             let bytes = part.iter().map(|(_, length)| length).sum();
@@ -621,7 +746,7 @@ impl Pool {
         // A writer that could not read the permit may have shared what it names since.
         let leftovers: Vec<PackId> = open.values().flatten().copied().collect();
         for part in leftovers.chunks(TABLES_TOGETHER) {
-            let read = |pack: &PackId| packs::read_table(&*self.world.files, &self.keys, *pack).ok();
+            let read = |pack: &PackId| self.read_table(*pack).ok();
             let tables: Vec<FinishedPack> = part.iter().filter_map(read).collect();
             let part: HashSet<PackId> = part.iter().copied().collect();
             self.with_marks(&tables, |marks| {

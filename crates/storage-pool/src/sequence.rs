@@ -25,18 +25,20 @@ struct Opened {
 struct Closed {
     reason: String,
     needs: Option<u16>,
+    /// The key generation that is not known, if that is why.
+    generation: Option<u16>,
 }
 
 impl From<String> for Closed {
     fn from(reason: String) -> Closed {
-        Closed { reason, needs: None }
+        Closed { reason, needs: None, generation: None }
     }
 }
 
 fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, Closed> {
     let (header, raw, sealed) = record::decode(bytes).map_err(|error| match error {
         FormatError::TooNew(version) => {
-            Closed { reason: format!("needs pool version {version}"), needs: Some(version) }
+            Closed { reason: format!("needs pool version {version}"), needs: Some(version), generation: None }
         }
         FormatError::Damaged { offset, reason } => Closed::from(format!("byte {offset}: {reason}")),
     })?;
@@ -46,7 +48,11 @@ fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, Closed> 
     if header.number != number {
         return Err(format!("is record {} under the name of {number}", header.number).into());
     }
-    let key = keys.record(&header.salt).map_err(|error| error.to_string())?;
+    let key = keys.record(header.generation, &header.salt).map_err(|error| Closed {
+        reason: error.to_string(),
+        needs: None,
+        generation: (!keys.knows(header.generation)).then_some(header.generation),
+    })?;
     let mut payload = sealed.to_vec();
     let length = key
         .open([0; 12], &raw, &mut payload)
@@ -128,8 +134,8 @@ pub(crate) fn fold(
         let opened = match opened {
             Ok(opened) => opened,
             Err(closed) => {
-                let Closed { reason, needs } = closed;
-                state.unreadable.push(Unreadable { number, path: path(number), reason, needs });
+                let Closed { reason, needs, generation } = closed;
+                state.unreadable.push(Unreadable { number, path: path(number), reason, needs, generation });
                 // A file far behind the end that is no record does not make the sequence longer.
                 if head.checked_add(1) == Some(number) {
                     (head, before) = (number, None);
@@ -141,7 +147,13 @@ pub(crate) fn fold(
         };
         for missing in (head + 1..number).filter(|missing| !strays.contains(missing)) {
             let reason = "is missing".to_owned();
-            state.unreadable.push(Unreadable { number: missing, path: path(missing), reason, needs: None });
+            state.unreadable.push(Unreadable {
+                number: missing,
+                path: path(missing),
+                reason,
+                needs: None,
+                generation: None,
+            });
             before = None;
         }
         if head + 1 != number {
@@ -160,16 +172,32 @@ pub(crate) fn fold(
         {
             copies.push((copy.number, copy.bytes));
         }
-        let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
-        let wrong = if follows {
-            applied.err()
+        let wrong = if header.generation < state.generation && header.kind != Kind::Restored as u16 {
+            // Whoever may write has the newest root. A copy of a damaged record proves itself.
+            Some(format!(
+                "is sealed under key generation {} though {} has begun: whoever wrote it has not the newest root key",
+                header.generation, state.generation
+            ))
         } else {
-            // Both are whole and authentic, so neither is dropped; that they do not follow each other means that one
-            // was put back from another copy of the pool.
-            Some("does not follow the record before it: one of the two was replaced".to_owned())
+            // Only who has a generation's root seals under it; the record of the rotation itself may be damaged.
+            state.generation = state.generation.max(header.generation);
+            let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
+            if follows {
+                applied.err()
+            } else {
+                // Both are whole and authentic, so neither is dropped; that they do not follow each other means that
+                // one was put back from another copy of the pool.
+                Some("does not follow the record before it: one of the two was replaced".to_owned())
+            }
         };
         if let Some(reason) = wrong {
-            state.unreadable.push(Unreadable { number, path: path(number), reason, needs: None });
+            state.unreadable.push(Unreadable {
+                number,
+                path: path(number),
+                reason,
+                needs: None,
+                generation: None,
+            });
         }
         (head, before) = (number, Some(hash));
     }
@@ -195,6 +223,8 @@ pub struct Tip {
     pub hash: [u8; 32],
     /// Takeovers so far.
     pub epoch: u64,
+    /// Key generation that the next record is sealed under.
+    pub generation: u16,
 }
 
 /// A record that is durable.
@@ -248,6 +278,7 @@ impl Appender {
             .map_err(|source| PoolError::io(path.clone(), "draw random bytes for", source))?;
         let header = RecordHeader {
             kind: kind as u16,
+            generation: tip.generation,
             pool: self.keys.pool(),
             number,
             epoch,
@@ -263,7 +294,7 @@ impl Appender {
         }
         let raw = header.encode(plain.len() + crate::keys::TAG);
         let mut sealed = plain.clone();
-        self.keys.record(&salt)?.seal([0; 12], &raw, &mut sealed)?;
+        self.keys.record(tip.generation, &salt)?.seal([0; 12], &raw, &mut sealed)?;
         let bytes = record::encode(&raw, &sealed);
         let hash = *blake3::hash(&bytes).as_bytes();
 
@@ -285,7 +316,7 @@ impl Appender {
                 reason: "what was read back is not what was written".to_owned(),
             }));
         }
-        Ok(Appended { tip: Tip { head: number, hash, epoch }, payload: plain })
+        Ok(Appended { tip: Tip { head: number, hash, epoch, generation: tip.generation }, payload: plain })
     }
 }
 

@@ -98,6 +98,8 @@ pub struct Unreadable {
     pub reason: String,
     /// The version that it needs, if that is why.
     pub needs: Option<u16>,
+    /// The key generation of which this recipient has no key, if that is why.
+    pub generation: Option<u16>,
 }
 
 /// Everything the sequence says.
@@ -131,6 +133,14 @@ pub struct State {
     pub damaged: HashMap<PackId, BTreeSet<u32>>,
     /// Which packs were proved when.
     pub proofs: Proofs,
+    /// Key generation that is sealed under: the newest of any record.
+    pub generation: u16,
+    /// Number of the last rotation's record.
+    pub rotated: u64,
+    /// Hash of the content of each generation's ring, as its rotation says.
+    pub rings: BTreeMap<u16, Vec<u8>>,
+    /// Recipients that were removed.
+    pub removed: BTreeSet<crate::kit::RecipientId>,
     /// Records that cannot be read.
     pub unreadable: Vec<Unreadable>,
 }
@@ -246,6 +256,16 @@ impl State {
                     .ok_or_else(|| format!("a part of {} pack ids from {}", record.length, record.from))?;
                 self.proofs.add(part, Proof { pool_time: self.pool_time, time });
             }
+            Kind::Rotation => {
+                let record: payload::Rotation = decode(bytes)?;
+                let generation =
+                    u16::try_from(record.generation).map_err(|_| "a key generation past 65535".to_owned())?;
+                self.generation = self.generation.max(generation);
+                self.rotated = number;
+                self.rings.insert(generation, record.ring);
+                let removed = payload::ids(&record.removed).ok_or("ids of recipients are cut off")?;
+                self.removed.extend(removed.into_iter().map(crate::kit::RecipientId));
+            }
             // Its content was applied in the place of the record that it restores.
             Kind::Restored => {
                 decode::<payload::Restored>(bytes)?;
@@ -263,7 +283,13 @@ impl State {
             // A file under that name which is no record is told of already.
             if !self.unreadable.iter().any(|known| known.number == number) {
                 let reason = "is missing from the end of the sequence".to_owned();
-                self.unreadable.push(Unreadable { number, path: path(number), reason, needs: None });
+                self.unreadable.push(Unreadable {
+                    number,
+                    path: path(number),
+                    reason,
+                    needs: None,
+                    generation: None,
+                });
             }
         }
         self.unreadable.sort_by_key(|record| record.number);

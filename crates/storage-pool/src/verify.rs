@@ -13,18 +13,20 @@ use model::{BLOCK_BYTES, ByteRange, RecoveryPointId, Timestamp};
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
 use crate::error::{Damage, PoolError};
 use crate::examine::{self, PackExamination, Reading};
+use crate::format::key::KeyFile;
 use crate::format::pack::{self, FrameHeader, PackKind};
 use crate::format::payload::{self, Kind};
+use crate::format::ring::{self, Ring};
 use crate::format::twin;
 use crate::frame::{self, Decoder};
 use crate::in_order::in_order;
 use crate::index::PackInfo;
 use crate::keys::frame_nonce;
-use crate::kit::RecipientId;
 use crate::map::{MapReader, MapRoot, NodeSource};
-use crate::packs;
 use crate::pool::{HEADER_NAME, Pool, PoolNodes, key_name};
 use crate::proofs::{self, Part, Proof, place};
+use crate::repair::{Repair, StoredAgain};
+use crate::rings::is_ring_proved;
 use crate::state::{self, State};
 use prost::Message;
 
@@ -82,6 +84,10 @@ pub struct VerifyReport {
     pub lost_blocks: u64,
     /// Frames that are damaged and were not known to be, by pack; none named if the pack as a whole is lost.
     pub new_damage: Vec<(PackId, Vec<u32>)>,
+    /// Damaged packs of which parity gives something. Whoever may write stores that again.
+    pub repairs: Vec<Repair>,
+    /// What became of these, where this process may write.
+    pub stored_again: Vec<StoredAgain>,
     /// Points that were proved whole by reading every byte.
     pub proved_points: Vec<RecoveryPointId>,
     /// What was read to the last byte, and is not recorded yet.
@@ -104,6 +110,7 @@ impl VerifyReport {
     fn note(&mut self, id: PackId, found: Examined, state: &State, bad: &mut HashMap<PackId, BTreeSet<u32>>) {
         self.packs += 1;
         self.bytes_read += found.read;
+        self.repairs.extend(found.repair);
         // A pack whose table is damaged still serves its frames.
         if !found.frames.is_empty() {
             if found.frames.iter().any(|frame| state.is_healthy(id, *frame)) {
@@ -183,6 +190,9 @@ impl Pool {
             let reserve = self.settings().reserve.unwrap_or(0);
             report.damage.extend(crate::reserve::examine(&*self.world.files, self.id(), reserve)?);
         }
+        if is_index_due {
+            report.damage.extend(crate::counts::examine(&*self.world.files, &self.keys)?);
+        }
         let runs = if is_index_due { self.index().examine() } else { Vec::new() };
         for damage in &runs {
             if let Damage::File { path, .. } = damage {
@@ -261,7 +271,8 @@ impl Pool {
             }
             if due.is_some() && self.is_writable() {
                 // A stop does not lose what was done so far.
-                self.record_verified(&report)?;
+                let stored = self.record_verified(&report)?;
+                report.stored_again.extend(stored);
                 report.proved.clear();
             }
         }
@@ -279,7 +290,8 @@ impl Pool {
                 .collect();
         }
         if self.is_writable() {
-            self.record_verified(&report)?;
+            let stored = self.record_verified(&report)?;
+            report.stored_again.extend(stored);
         }
         Ok(report)
     }
@@ -294,9 +306,14 @@ impl Pool {
         state.proofs.due(now, created, every.saturating_mul(Timestamp::SECOND))
     }
 
-    /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole. A reader
-    /// that verified beside a writer hands its report to the next one who may write.
-    pub fn record_verified(&self, report: &VerifyReport) -> Result<(), PoolError> {
+    /// Records what a verify found: damage, so that no new point uses it, and points that were proved whole; and stores
+    /// again what packs give only by their parity, before that is recorded. A reader that verified beside a writer hands
+    /// its report to the next one who may write.
+    pub fn record_verified(&self, report: &VerifyReport) -> Result<Vec<StoredAgain>, PoolError> {
+        let mut stored = Vec::new();
+        for repair in &report.repairs {
+            stored.extend(self.store_again(repair)?);
+        }
         for (pack, frames) in &report.new_damage {
             let state = self.state().clone();
             let is_known = match frames.as_slice() {
@@ -329,7 +346,7 @@ impl Pool {
             let record = payload::Proved { from: part.from, length: part.length, packs, bytes };
             self.append(Kind::Proved, &record)?;
         }
-        Ok(())
+        Ok(stored)
     }
 
     /// The header, and the key files of every recipient: their bytes and whose they are, not whether anybody's secret
@@ -352,7 +369,9 @@ impl Pool {
         let mut check = |name: &str, magic, fits: &dyn Fn(&[u8]) -> bool| {
             let wrong = match twin(name, magic) {
                 Err(reason) => Some(reason),
-                Ok(twin) if !fits(&twin.content) => Some("belongs to another pool or recipient".to_owned()),
+                Ok(twin) if !fits(&twin.content) => {
+                    Some("belongs to another pool or recipient, or is not proved by a root key".to_owned())
+                }
                 Ok(twin) => twin.damage.map(|damage| format!("{damage:?}; the other copy serves")),
             };
             if let Some(reason) = wrong {
@@ -364,21 +383,50 @@ impl Pool {
         });
         let entries =
             files.list("keys").map_err(|source| PoolError::io(files.display("keys"), "list", source))?;
+        let rings = self.state().rings.clone();
         for entry in entries {
             let name = format!("keys/{}", entry.name);
-            check(&name, twin::KEY, &|content| {
-                let id = content.get(16..32).and_then(|id| <[u8; 16]>::try_from(id).ok());
-                content.len() == 100
-                    && content[..16] == self.id().0
-                    && id.is_some_and(|id| key_name(RecipientId(id)) == name)
-            });
+            match ring::generation(&entry.name) {
+                Some(generation) => check(&name, twin::RING, &|content| {
+                    let is_ours = Ring::decode(content).is_ok_and(|ring| {
+                        let is_proved = is_ring_proved(&ring, &self.keys).unwrap_or(false);
+                        ring.pool == self.id() && ring.generation == generation && is_proved
+                    });
+                    let stated = rings.get(&generation);
+                    is_ours
+                        && stated.is_none_or(|stated| {
+                            stated.as_slice() == blake3::hash(content).as_bytes().as_slice()
+                        })
+                }),
+                None => check(&name, twin::KEY, &|content| {
+                    KeyFile::decode(content).is_ok_and(|file| {
+                        // A generation that this recipient does not reach is another's business.
+                        let proved =
+                            !self.keys.knows(file.generation) || self.is_proved(&file).unwrap_or(false);
+                        proved && file.pool == self.id() && key_name(file.recipient) == name
+                    })
+                }),
+            }
         }
         Ok(())
     }
 
     fn examine_structure(&self, id: PackId) -> Examined {
         let path = self.world.files.display(&pack::name(id));
-        match packs::read_table(&*self.world.files, &self.keys, id) {
+        match self.read_table(id) {
+            Ok(table) if !table.rebuilt.is_empty() => Examined {
+                read: table.table.len() as u64 * 20 + 128,
+                damage: vec![Damage::File {
+                    path,
+                    offset: 0,
+                    reason: format!(
+                        "{} sectors of its header or table were rebuilt from parity",
+                        table.rebuilt.len()
+                    ),
+                    derived: false,
+                }],
+                ..Examined::default()
+            },
             Ok(table) => Examined { read: table.table.len() as u64 * 20 + 128, ..Examined::default() },
             // The frames may all be right: only reading them tells.
             Err(error) => Examined {
@@ -419,8 +467,12 @@ impl Pool {
             let place = Location { pack: id, at: location };
             places.entry(place.frame()).or_default().push((chunk, place));
         };
-        match packs::read_table(files, &self.keys, id) {
-            Ok(table) => table.table.iter().for_each(|entry| add(entry.id, entry.location)),
+        let mut generation = None;
+        match self.read_table(id) {
+            Ok(table) => {
+                generation = Some(table.header.generation);
+                table.table.iter().for_each(|entry| add(entry.id, entry.location));
+            }
             Err(_) => {
                 let known = self.for_each_chunk(Vec::new, |known, chunk, place| {
                     if place.pack == id {
@@ -431,7 +483,11 @@ impl Pool {
             }
         }
         let keys = self.domain_keys(domain);
-        let seal = keys.pack(id)?;
+        let seal = match generation {
+            Some(generation) => keys.pack(generation, id)?,
+            // Its header may be what is damaged; a pack that cannot be read at all is damage like any other.
+            None => self.reader.seal_key(id, domain).or_else(|_| keys.pack(self.keys.generation(), id))?,
+        };
         let chunk_kind = match kind {
             PackKind::Blocks => ChunkKind::Block,
             PackKind::Nodes => ChunkKind::Node,
@@ -466,7 +522,16 @@ impl Pool {
             examine::examine(files, self.id(), id, reading, Some(&mut prove)).unwrap_or_else(|error| {
                 PackExamination { damaged: vec![(0, error.to_string())], ..PackExamination::default() }
             });
-        let mut examined = Examined { read: walked.length, frames: walked.frames, damage: Vec::new() };
+        let mut examined = Examined { read: walked.length, frames: walked.frames, ..Examined::default() };
+        let sectors = walked.sectors.len() as u64;
+        if !walked.sectors.is_empty() {
+            self.reader.rebuilt.note(id, walked.sectors);
+            self.forget_pack(id);
+        }
+        if sectors > 0 || walked.is_whole && !walked.damaged.is_empty() {
+            examined.repair =
+                Some(Repair { pack: id, sectors, frames: walked.rebuilt, is_whole: walked.is_whole });
+        }
         let damage =
             |offset: u64, reason: String| Damage::File { path: path.clone(), offset, reason, derived: false };
         examined.damage.extend(walked.damaged.into_iter().map(|(offset, reason)| damage(offset, reason)));
@@ -701,7 +766,9 @@ impl NodeSource for CheckedNodes<'_> {
 #[derive(Default)]
 struct Examined {
     damage: Vec<Damage>,
-    /// Frames that are damaged.
+    /// Frames that are damaged and cannot be had.
     frames: BTreeSet<u32>,
+    /// What parity gives of it.
+    repair: Option<Repair>,
     read: u64,
 }

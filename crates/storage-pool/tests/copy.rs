@@ -572,6 +572,78 @@ fn a_plain_copy_is_gone_on_from() {
     has(&copy, &ledger, "a plain copy");
 }
 
+fn another_kit(pool: &Pool) -> storage_pool::kit::Recipient {
+    let mut kit = None;
+    pool.add_kit(&mut |new| {
+        kit = Some(new.clone());
+        Ok(new.clone())
+    })
+    .unwrap();
+    kit.unwrap()
+}
+
+/// Rings go along: a copy of a pool whose keys were rotated opens with its kit, and with no kit that was revoked.
+#[test]
+fn a_copy_whose_keys_were_rotated_opens_with_its_kit() {
+    let (rig, mut ledger) = source();
+    let pool = rig.writer(1).unwrap();
+    let out = another_kit(&pool);
+    let copy = copy_of(&rig, SimulatedFiles::new(2));
+    run(&rig, &copy).unwrap();
+    pool.rotate_keys(&[out.id]).unwrap();
+    store(&pool, &order(3, Some(2), &[(0, 7)])).unwrap();
+    ledger.insert(id(3), Content::from([(0, 7), (1, 4), (4, 3)]));
+    let late = another_kit(&pool);
+    pool.rotate_keys(&[]).unwrap();
+    store(&pool, &order(4, Some(3), &[(2, 8)])).unwrap();
+    ledger.insert(id(4), Content::from([(0, 7), (1, 4), (2, 8), (4, 3)]));
+    drop(pool);
+    for copy in [copy, copy_of(&rig, SimulatedFiles::new(3))] {
+        let report = run(&rig, &copy).unwrap();
+        assert!(report.damage.is_empty(), "{:?}", report.damage);
+        assert_eq!(names(&copy.files.snapshot(), "keys/"), names(&rig.files.snapshot(), "keys/"));
+        has(&copy, &ledger, "rotated");
+        let copy = Rig { kit: late.clone(), ..copy };
+        has(&copy, &ledger, "a kit of a later generation");
+        let copy = Rig { kit: out.clone(), ..copy };
+        let seen = copy.reader().unwrap();
+        assert!(seen.point(id(2)).is_ok() && seen.point(id(3)).is_err());
+        drop(seen);
+        // A server takes it over, and revokes whom it likes.
+        let pool = Rig { server: late.clone(), ..copy }.writer(7).unwrap();
+        assert_eq!(pool.rotate_keys(&[rig.server.id]).unwrap(), 3);
+    }
+}
+
+/// A rotation at each step of a copy: what the copy's records name can be had from it by the kit, and the next run goes on.
+#[test]
+fn beside_a_rotation() {
+    for step in 0..12 {
+        let (rig, mut ledger) = source();
+        let pool = rig.writer(1).unwrap();
+        let copy = copy_of(&rig, SimulatedFiles::new(step));
+        let calls = Cell::new(0);
+        let report = run_with(&rig, &copy, CopyOptions::default(), &mut |_, _| {
+            calls.set(calls.get() + 1);
+            if calls.get() == step + 1 {
+                pool.rotate_keys(&[]).unwrap();
+                store(&pool, &order(3, Some(2), &[(0, 7)])).unwrap();
+            }
+            true
+        })
+        .unwrap();
+        assert!(report.damage.is_empty(), "step {step}: {:?}", report.damage);
+        if calls.get() <= step {
+            assert!(step > 4);
+            break;
+        }
+        has(&copy, &ledger, &format!("step {step}"));
+        run(&rig, &copy).unwrap();
+        ledger.insert(id(3), Content::from([(0, 7), (1, 4), (4, 3)]));
+        has(&copy, &ledger, &format!("step {step}, the next run"));
+    }
+}
+
 /// The copy is opened for writing by the kit's holder and goes on as a pool.
 #[test]
 fn a_copy_goes_on_as_a_pool() {

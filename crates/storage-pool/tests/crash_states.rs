@@ -371,6 +371,41 @@ fn relay() {
     assert!(states >= 7, "{states}");
 }
 
+/// A new key generation for all: two ring files, two records.
+#[test]
+fn rotation() {
+    let prepared = prepare();
+    let states = every_crash(&prepared, &|rig| rig.writer(1)?.rotate_keys(&[]).map(drop), &|pool| {
+        pool.state().generation > 0
+            && pool.prove(&prepared.rig.kit).is_ok()
+            && pool.prove(&prepared.rig.server).is_ok()
+    });
+    assert!(states >= 9, "{states}");
+}
+
+/// A new key generation without a kit: it is out, and everybody else is in.
+#[test]
+fn revocation() {
+    let mut prepared = prepare();
+    let mut kit = None;
+    let pool = prepared.rig.writer(1).unwrap();
+    pool.add_kit(&mut |new| {
+        kit = Some(new.clone());
+        Ok(new.clone())
+    })
+    .unwrap();
+    drop(pool);
+    let out = kit.unwrap();
+    prepared.snapshot = prepared.rig.files.snapshot();
+    let states = every_crash(&prepared, &|rig| rig.writer(1)?.rotate_keys(&[out.id]).map(drop), &|pool| {
+        let is_in = |recipient| pool.prove(recipient).is_ok();
+        let is_removed =
+            pool.recipients().unwrap().iter().any(|known| known.id == out.id && known.is_removed);
+        is_removed && !is_in(&out) && is_in(&prepared.rig.kit) && is_in(&prepared.rig.server)
+    });
+    assert!(states >= 9, "{states}");
+}
+
 #[test]
 fn document() {
     let prepared = prepare();

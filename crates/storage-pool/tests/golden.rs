@@ -14,7 +14,7 @@ use environment::simulated::{SimulatedFiles, Snapshot};
 use rig::golden::{Golden, unpack};
 use rig::recipes::{RECIPES, Recipe, archive};
 use rig::rot::look;
-use rig::{Rig, is_exact};
+use rig::{Known, Rig, is_exact, is_exact_knowing};
 use storage_pool::Damage;
 use storage_pool::verify::Depth;
 
@@ -40,7 +40,7 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
                 (0, "record: magic"),
                 (8, "record: versions"),
                 (12, "record: kind"),
-                (14, "record: reserved"),
+                (14, "record: key generation"),
                 (16, "record: pool id"),
                 (32, "record: number"),
                 (40, "record: epoch"),
@@ -56,18 +56,18 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
     if name.ends_with(".pack") {
         return match end {
             0..=32 => "pack: hash of header, table and trailer".to_owned(),
-            33..=64 => "pack: trailer".to_owned(),
+            33..=64 => "pack: trailer, or the footer of its parity".to_owned(),
             _ => field(&[
                 (0, "pack: magic"),
                 (8, "pack: versions"),
                 (12, "pack: kind"),
-                (14, "pack: reserved"),
+                (14, "pack: key generation"),
                 (16, "pack: pool id"),
                 (32, "pack: domain id"),
                 (48, "pack: pack id"),
                 (64, "pack: header of the first frame"),
                 (80, "pack: short hash of the first frame"),
-                (96, "pack: frames and table"),
+                (96, "pack: frames, table, parity"),
             ]),
         };
     }
@@ -75,6 +75,15 @@ fn region(name: &str, bytes: &[u8], at: usize) -> String {
         return match end {
             0..=96 => "run: trailer".to_owned(),
             _ => field(&[(0, "run: header"), (64, "run: pages, filters, tail")]),
+        };
+    }
+    if name.ends_with(".key") || name.ends_with(".ring") {
+        return "key file or ring: sections 3.1 and 3.4".to_owned();
+    }
+    if name.ends_with(".counts") {
+        return match end {
+            0..=96 => "counts: trailer".to_owned(),
+            _ => field(&[(0, "counts: header"), (64, "counts: pages, tail")]),
         };
     }
     if name.ends_with(".records") {
@@ -175,6 +184,51 @@ fn kept_golden_pools_are_read() {
         let pool = rig.writer(9).unwrap();
         pool.put_document("policy", Some(b"goes on")).unwrap();
     }
+}
+
+/// Every so-many-th bit of the packs of the golden pool with parity; `ROT_STEP=1` flips each: it is named, the one sector is
+/// rebuilt, and every point is exact.
+#[test]
+fn flipped_bits_of_packs_with_parity_are_repaired() {
+    let made = RECIPES.iter().find(|recipe| recipe.name == "parity").map(|recipe| (recipe.make)()).unwrap();
+    let golden = &made.golden;
+    let step = rig::number("ROT_STEP").unwrap_or(401);
+    let threads = rig::cores() as u64;
+    let flipped = rig::rot::at_once(threads, &|thread| {
+        let rig = golden.rig.on(SimulatedFiles::from_snapshot(1, &golden.snapshot));
+        let mut flipped = 0;
+        for (name, bytes) in golden.snapshot.files().filter(|(name, _)| name.ends_with(".pack")) {
+            let footer = &bytes[bytes.len() - 64..];
+            let content = u64::from_le_bytes(footer[8..16].try_into().unwrap());
+            for bit in (thread * step..bytes.len() as u64 * 8).step_by((threads * step) as usize) {
+                rig.files.flip_bit(name, bit).unwrap();
+                let pool = rig.reader().unwrap();
+                let mut known = Known::new();
+                for (id, content) in &golden.points {
+                    if is_exact_knowing(&pool, *id, content, &mut known) != Ok(true) {
+                        return Err(format!("bit {bit} of {name}: {id} is not exact"));
+                    }
+                }
+                let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
+                let sectors: u64 = report.repairs.iter().map(|repair| repair.sectors).sum();
+                let is_named =
+                    |damage: &Damage| matches!(damage, Damage::File { path, .. } if path.ends_with(name));
+                if !report.damage.iter().all(is_named)
+                    || report.repairs.len() != 1
+                    || sectors != u64::from(bit < content * 8)
+                    || report.lost_blocks > 0
+                {
+                    return Err(format!("bit {bit} of {name}: {report:?}"));
+                }
+                rig.files.flip_bit(name, bit).unwrap();
+                flipped += 1;
+            }
+        }
+        Ok(flipped)
+    })
+    .unwrap();
+    println!("\nresult: {flipped} flipped bits of packs with parity");
+    assert!(flipped > 1_000, "{flipped}");
 }
 
 /// Some hundred bits of each; `ROT_BITS=4000` so many.

@@ -492,6 +492,9 @@ pub struct Figures {
     /// Bytes that could not be had.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_lost: Option<u64>,
+    /// Sectors of 4 KiB of the pool that were damaged and rebuilt from parity.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sectors_repaired: Option<u64>,
     /// Bytes that came free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_freed: Option<u64>,

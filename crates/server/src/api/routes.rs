@@ -9,9 +9,9 @@ use axum::{Json, Router};
 use model::{Code, Consistency, Problem};
 use protocol::api::{
     AddImage, Alert, AllocatedPage, BASE, CopyPool, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest,
-    KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune,
-    Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData, Started, Status, Synchronize, Time,
-    TokenMade, VerifyPool, Version,
+    KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, ProblemBody,
+    Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData, Started,
+    Status, Synchronize, Time, TokenMade, VerifyPool, Version,
 };
 use serde::Deserialize;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -96,7 +96,10 @@ fn parts() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(acknowledge_alert))
         .routes(routes!(rebuild_catalog))
         .routes(routes!(write_kit))
-        .routes(routes!(test_kit));
+        .routes(routes!(test_kit))
+        .routes(routes!(recipients))
+        .routes(routes!(revoke_recipient))
+        .routes(routes!(rotate_keys));
     let (router, mut document) =
         OpenApiRouter::with_openapi(Document::openapi()).nest(BASE, api).split_for_parts();
     document
@@ -630,6 +633,29 @@ async fn acknowledge_alert(allowed: Allowed<Operate>, Path(id): Path<u64>) -> An
     responses((status = 202, body = Started), (status = 200, body = Plan), (status = "default", body = ProblemBody)))]
 async fn rebuild_catalog(allowed: Allowed<Administer>, Query(q): Query<DryRun>) -> Result<Response, Failure> {
     start(allowed, q.dry_run, JobRequest::RebuildCatalog).await
+}
+
+/// List who can open the pool: servers and recovery kits.
+#[utoipa::path(get, path = "/recipients", tag = "recovery-kit",
+    responses((status = 200, body = Page<Recipient>), (status = "default", body = ProblemBody)))]
+async fn recipients(allowed: Allowed<Administer>) -> Answer<Page<Recipient>> {
+    let items = allowed.ask(move |service, _| service.recipients()).await?;
+    Ok(Json(Page { items, next: None }))
+}
+
+/// Begin a new key generation without this recipient.
+#[utoipa::path(post, path = "/recipients/{recipient}/revoke", tag = "recovery-kit",
+    params(("recipient" = String, Path)),
+    responses((status = 200, body = KeyGeneration), (status = "default", body = ProblemBody)))]
+async fn revoke_recipient(allowed: Allowed<Administer>, Path(id): Path<String>) -> Answer<KeyGeneration> {
+    allowed.ask(move |service, by| service.rotate_keys(by, Some(&id))).await.map(Json)
+}
+
+/// Begin a new key generation: what is written from now on is sealed under a new root key.
+#[utoipa::path(post, path = "/pool/rotate-keys", tag = "pool",
+    responses((status = 200, body = KeyGeneration), (status = "default", body = ProblemBody)))]
+async fn rotate_keys(allowed: Allowed<Administer>) -> Answer<KeyGeneration> {
+    allowed.ask(move |service, by| service.rotate_keys(by, None)).await.map(Json)
 }
 
 /// Write the recovery kit to a path of the server's machine. Standalone only.

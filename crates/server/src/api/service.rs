@@ -12,8 +12,9 @@ use std::time::Duration;
 use block_io::BlockDevice;
 use model::{Consistency, JobId, Problem, Timestamp};
 use protocol::api::{
-    AddImage, Alert, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest, KitFile, KitReport, MakeToken,
-    Page, PageQuery, Plan, PointDiff, PoolStatus, RecoveryPoint, Started, Status, TokenMade,
+    AddImage, Alert, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest, KeyGeneration, KitFile,
+    KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, Recipient, RecoveryPoint, Started,
+    Status, TokenMade,
 };
 
 /// Where a request came in.
@@ -139,6 +140,10 @@ pub trait Service: Send + Sync + 'static {
     /// Takes note of an alert. A second time: as it is.
     fn acknowledge_alert(&self, by: &Caller, id: u64) -> Result<Alert, Problem>;
 
+    /// Who can open the pool.
+    fn recipients(&self) -> Result<Vec<Recipient>, Problem>;
+    /// Begins a new key generation, without one recipient if one is named: id or unique prefix.
+    fn rotate_keys(&self, by: &Caller, revoked: Option<&str>) -> Result<KeyGeneration, Problem>;
     /// Writes the recovery kit and proves it. The path is this machine's: refused unless standalone.
     fn write_kit(&self, by: &Caller, request: &KitFile) -> Result<KitReport, Problem>;
     /// Opens the pool with nothing but the kit. The path is this machine's: refused unless standalone.

@@ -129,8 +129,15 @@ impl Service for Fake {
     fn acknowledge_alert(&self, _: &Caller, _: u64) -> Result<Alert, Problem> {
         nothing()
     }
+    fn recipients(&self) -> Result<Vec<Recipient>, Problem> {
+        Ok(Vec::new())
+    }
+    fn rotate_keys(&self, _: &Caller, revoked: Option<&str>) -> Result<KeyGeneration, Problem> {
+        Ok(KeyGeneration { generation: 1, revoked: revoked.map(str::to_owned), recipients: 2 })
+    }
     fn write_kit(&self, _: &Caller, request: &KitFile) -> Result<KitReport, Problem> {
-        Ok(KitReport { path: request.path.clone().unwrap_or_default(), pool: PoolId([1; 16]), proved: true })
+        let path = request.path.clone().unwrap_or_default();
+        Ok(KitReport { path, pool: PoolId([1; 16]), recipient: "02".repeat(16), proved: true })
     }
     fn test_kit(&self, _: &Caller, _: &KitFile) -> Result<KitReport, Problem> {
         nothing()
@@ -226,7 +233,7 @@ async fn every_route_of_the_document_denies_without_a_right_token() {
             routes += 1;
         }
     }
-    assert_eq!(routes, 35);
+    assert_eq!(routes, 38);
 }
 
 #[tokio::test]

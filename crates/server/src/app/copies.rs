@@ -176,6 +176,23 @@ impl App {
             target: Some(folder.display().to_string()),
             ..Figures::default()
         };
+        for repaired in &report.repaired {
+            let name = storage_pool::format::pack::name(repaired.pack);
+            let line = format!(
+                "{name}: is damaged here; {} sectors were rebuilt from parity, and the copy is whole.",
+                repaired.sectors
+            );
+            job.log(LogLevel::Warning, line);
+        }
+        if !report.repaired.is_empty() {
+            let sectors = report.repaired.iter().map(|repaired| repaired.sectors).sum();
+            figures.sectors_repaired = Some(sectors);
+            warnings.push(super::mapping::damage_warning(format!(
+                "{} packs are damaged here and whole in the copy: {sectors} sectors were rebuilt from parity. A verify stores \
+                 them again here.",
+                report.repaired.len()
+            )));
+        }
         super::mapping::list_damage(&mut figures, &report.damage);
         if !report.damage.is_empty() {
             warnings.push(super::mapping::damage_warning(format!(

@@ -206,7 +206,7 @@ impl DataFolder {
             .map_err(jobs::problem::pool)?;
         let problem = std::cell::RefCell::new(None);
         // The key file of the pool first, the secret that opens it last: a folder with a secret is a finished one.
-        pool.add_kit(&mut |recipient| {
+        pool.add_recipient(storage_pool::recipients::RecipientKind::Server, &mut |recipient| {
             let kept = write_secret(&self.root, recipient, &server)
                 .and_then(|()| read_secret(&self.root).map(|(recipient, _, _)| recipient));
             kept.map_err(|error| {

@@ -40,13 +40,22 @@ pub fn verify_folder(
         ..Figures::default()
     };
     super::mapping::list_damage(&mut figures, &report.damage);
-    let warnings = match report.damage.len() {
+    let sectors = report.repairable.iter().map(|repairable| repairable.sectors).sum::<u64>();
+    figures.sectors_repaired = (sectors > 0).then_some(sectors);
+    let mut warnings = match report.damage.len() {
         0 => Vec::new(),
         found => vec![super::mapping::damage_warning(format!(
             "{found} damages found in {} packs and {} records; without the keys nobody can tell which points they cost.",
             report.packs, report.records
         ))],
     };
+    if sectors > 0 {
+        warnings.push(super::mapping::damage_warning(format!(
+            "Parity gives {sectors} sectors of {} packs back; a verify with the keys stores them again, a copy of the folder has \
+             them whole.",
+            report.repairable.len()
+        )));
+    }
     Ok(Job {
         id: JobId(id),
         kind: JobKind::Verify,

@@ -6,9 +6,9 @@ use std::time::Duration;
 use block_io::BlockDevice;
 use model::{Code, Consistency, JobId, PointState, Problem, Timestamp};
 use protocol::api::{
-    AddImage, Alert, Datasource, Health, Host, HostState, Job, JobLogLine, JobRequest, JobState, KitFile,
-    KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, RecoveryPoint, Started, Status,
-    TokenMade,
+    AddImage, Alert, Datasource, Health, Host, HostState, Job, JobLogLine, JobRequest, JobState,
+    KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, Recipient,
+    RecipientKind, RecoveryPoint, Started, Status, TokenMade,
 };
 
 use super::folder::{open_kit, write_kit};
@@ -287,6 +287,7 @@ impl Service for AppService {
             floor_seconds: settings.floor_age,
             soft_delete_seconds: settings.soft_delete,
             reclaim_hold_seconds: settings.reclaim_hold,
+            parity_percent: settings.parity_percent,
             damaged: pool.has_known_damage() || !pool.state().unreadable.is_empty(),
             proved_since: pool.state().proofs.oldest().map(protocol::api::Time),
         })
@@ -330,6 +331,49 @@ impl Service for AppService {
             .ok_or_else(|| Problem::new(Code::NotFound, format!("No alert {id}.")))
     }
 
+    fn recipients(&self) -> Result<Vec<Recipient>, Problem> {
+        let found = self.app().pool().recipients().map_err(jobs::problem::pool)?;
+        let shown = |known: &storage_pool::recipients::KnownRecipient| Recipient {
+            id: known.id.to_string(),
+            kind: match known.kind {
+                storage_pool::recipients::RecipientKind::Server => RecipientKind::Server,
+                storage_pool::recipients::RecipientKind::Kit => RecipientKind::RecoveryKit,
+            },
+            revoked: known.is_removed,
+            own: known.is_own,
+        };
+        Ok(found.iter().map(shown).collect())
+    }
+
+    fn rotate_keys(&self, _by: &Caller, revoked: Option<&str>) -> Result<KeyGeneration, Problem> {
+        let app = self.app();
+        app.writable()?;
+        let all = app.pool().recipients().map_err(jobs::problem::pool)?;
+        let id = match revoked {
+            None => None,
+            Some(text) => {
+                let ids: Vec<String> = all.iter().map(|known| known.id.to_string()).collect();
+                let named: Vec<Named<'_>> = ids.iter().map(|id| Named { id, name: "", host: None }).collect();
+                let at = names::resolve("recipient", text, &named)?;
+                all.get(at).map(|known| known.id)
+            }
+        };
+        let generation = app.pool().rotate_keys(id.as_slice()).map_err(|error| match error {
+            storage_pool::PoolError::Busy { .. } => {
+                Problem::new(Code::PoolBusy, "Backups or a reclaim are under way; the keys are as they were.")
+                    .hint("Run it again when `stillpoint job list` shows none of them running.")
+            }
+            error => jobs::problem::pool(error),
+        })?;
+        app.parts.history.sync(app.pool())?;
+        let left = app.pool().recipients().map_err(jobs::problem::pool)?;
+        Ok(KeyGeneration {
+            generation: u32::from(generation),
+            revoked: id.map(|id| id.to_string()),
+            recipients: left.iter().filter(|known| !known.is_removed).count() as u64,
+        })
+    }
+
     fn write_kit(&self, _by: &Caller, request: &KitFile) -> Result<KitReport, Problem> {
         self.on_this_machine()?;
         let app = self.app();
@@ -337,7 +381,8 @@ impl Service for AppService {
         let path = self.kit_path(request);
         let problem = std::cell::RefCell::new(None);
         let place = app.pool().path();
-        app.pool()
+        let recipient = app
+            .pool()
             .add_kit(&mut |recipient| {
                 write_kit(&path, recipient, &place, request.overwrite).map_err(|error| {
                     let message = error.message.clone();
@@ -346,7 +391,8 @@ impl Service for AppService {
                 })
             })
             .map_err(|error| problem.into_inner().unwrap_or_else(|| jobs::problem::pool(error)))?;
-        Ok(KitReport { path: path.display().to_string(), pool: app.pool().id(), proved: true })
+        let recipient = recipient.to_string();
+        Ok(KitReport { path: path.display().to_string(), pool: app.pool().id(), recipient, proved: true })
     }
 
     fn test_kit(&self, _by: &Caller, request: &KitFile) -> Result<KitReport, Problem> {
@@ -375,7 +421,8 @@ impl Service for AppService {
             .about(about)
             .hint("Write a new one: `stillpoint recovery-kit write --to FILE`."));
         }
-        Ok(KitReport { path: about, pool: app.pool().id(), proved: true })
+        let recipient = kit.recipient.id.to_string();
+        Ok(KitReport { path: about, pool: app.pool().id(), recipient, proved: true })
     }
 }
 

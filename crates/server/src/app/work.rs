@@ -12,10 +12,11 @@ use protocol::api::{
     self, Figures, Job, JobKind, JobRequest, Plan, PlannedPoint, RateLimit, RecoverDisk, RecoverTarget,
     RemoveData, Started, Synchronize, Time,
 };
-use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::StoredAgain;
+use storage_pool::reclaim::{CountsUse, ReclaimOptions};
 use storage_pool::verify::{Depth, VerifyOptions};
 
-use super::runner::{Done, RunningJob};
+use super::runner::{Done, RunningJob, Work};
 use super::{App, StoredDatasource};
 
 impl App {
@@ -107,7 +108,7 @@ impl App {
             JobRequest::Reclaim(options) => {
                 self.writable()?;
                 let options = reclaim_options(options, false);
-                self.runner.start(
+                self.start_reading(
                     JobKind::Reclaim,
                     None,
                     false,
@@ -142,6 +143,33 @@ impl App {
         Ok(Started { job })
     }
 
+    /// Starts a job that reads from the pool: what of that had to be rebuilt from parity is told with what it did.
+    fn start_reading(
+        self: &Arc<Self>,
+        kind: JobKind,
+        about: Option<(model::DatasourceId, String)>,
+        exclusive: bool,
+        work: Work,
+    ) -> Result<Job, Problem> {
+        let app = self.clone();
+        let telling: Work = Box::new(move |job| {
+            let mark = app.pool().rebuilt_mark();
+            let outcome = work(job);
+            let rebuilt = app.pool().rebuilt_since(mark);
+            for found in &rebuilt {
+                let name = storage_pool::format::pack::name(found.pack);
+                let line = format!("{name}: {} sectors were damaged and rebuilt from parity.", found.sectors);
+                job.log(LogLevel::Warning, line);
+            }
+            let sectors = rebuilt.iter().map(|found| found.sectors).sum::<u64>();
+            outcome.map(|mut done| {
+                done.figures.sectors_repaired = (sectors > 0).then_some(sectors);
+                done
+            })
+        });
+        self.runner.start(kind, about, exclusive, telling)
+    }
+
     /// Starts a verify whose options are right.
     pub(crate) fn start_verify(
         self: &Arc<Self>,
@@ -157,7 +185,7 @@ impl App {
         let every = options.every_seconds.unwrap_or(api::VerifyPool::EVERY_SECONDS);
         let options =
             VerifyOptions { depth, threads: verify_threads(), pace, every: options.due.then_some(every) };
-        self.runner.start(JobKind::Verify, None, false, Box::new(move |job| app.verify(&options, job)))
+        self.start_reading(JobKind::Verify, None, false, Box::new(move |job| app.verify(&options, job)))
     }
 
     fn start_run(
@@ -170,7 +198,7 @@ impl App {
         self.writable()?;
         let app = self.clone();
         let about = Some((datasource.id, datasource.name.clone()));
-        self.runner.start(
+        self.start_reading(
             kind,
             about,
             true,
@@ -267,7 +295,7 @@ impl App {
         };
         let app = self.clone();
         let about = Some((datasource.id, datasource.name.clone()));
-        self.runner.start(
+        self.start_reading(
             JobKind::RecoverDisk,
             about,
             false,
@@ -386,7 +414,23 @@ impl App {
             })
             .map_err(jobs::problem::pool)?;
         if !self.pool().is_writable() {
-            self.hand_over(&report, job);
+            report.stored_again = self.hand_over(&report, job);
+        }
+        for stored in &report.stored_again {
+            let name = storage_pool::format::pack::name;
+            match stored {
+                StoredAgain::Done { pack, bytes } => job.log(
+                    LogLevel::Info,
+                    format!(
+                        "{}: what it holds is stored again, in {bytes} bytes; reclaim frees it.",
+                        name(*pack)
+                    ),
+                ),
+                StoredAgain::Not { pack, reason } => job.log(
+                    LogLevel::Warning,
+                    format!("{}: is not stored again, and is read by its parity: {reason}.", name(*pack)),
+                ),
+            }
         }
         if steer.is_cancelled() {
             return Err(jobs::problem::cancelled());
@@ -431,15 +475,28 @@ impl App {
                 report.points,
                 report.damaged_points.len()
             )));
+            if !report.repairs.is_empty() {
+                let done = report.stored_again.iter().filter(|one| matches!(one, StoredAgain::Done { .. }));
+                warnings.push(super::mapping::damage_warning(format!(
+                    "{} sectors in {} packs were rebuilt from parity; {} packs are stored again.",
+                    report.repairs.iter().map(|repair| repair.sectors).sum::<u64>(),
+                    report.repairs.len(),
+                    done.count()
+                )));
+            }
         }
         Ok(Done { figures, warnings })
     }
 
     /// A reader verified beside whoever may write. What it found is recorded in a moment of its own, if nobody writes
     /// just now: without the record the next run would build on damaged blocks, with it they are stored again.
-    fn hand_over(&self, report: &storage_pool::verify::VerifyReport, job: &RunningJob) {
-        if report.new_damage.is_empty() && report.proved_points.is_empty() && report.proved.is_empty() {
-            return;
+    fn hand_over(&self, report: &storage_pool::verify::VerifyReport, job: &RunningJob) -> Vec<StoredAgain> {
+        let is_empty = report.new_damage.is_empty()
+            && report.repairs.is_empty()
+            && report.proved_points.is_empty()
+            && report.proved.is_empty();
+        if is_empty {
+            return Vec::new();
         }
         let folder = &self.parts.folder;
         let world = storage_pool::World {
@@ -451,9 +508,10 @@ impl App {
         let recorded = folder
             .open(&world, &options, "verify")
             .and_then(|opened| opened.pool.record_verified(report).map_err(jobs::problem::pool));
-        if let Err(problem) = recorded {
+        recorded.unwrap_or_else(|problem| {
             job.log(LogLevel::Warning, format!("What was found is not recorded: {}", problem.message));
-        }
+            Vec::new()
+        })
     }
 
     fn reclaim(&self, options: ReclaimOptions, job: &RunningJob) -> Result<Done, Problem> {
@@ -479,6 +537,24 @@ impl App {
                 report.held_bytes
             ),
         );
+        match &report.counts {
+            CountsUse::Kept => {}
+            CountsUse::Unused => job.log(
+                LogLevel::Info,
+                "There was no room for the reference counts: all recovery points were looked at instead.".to_owned(),
+            ),
+            CountsUse::Anew(reason) => job.log(
+                LogLevel::Warning,
+                format!("The reference counts could not be used and were made anew: {reason}."),
+            ),
+            CountsUse::Wrong(reason) => job.log(
+                LogLevel::Warning,
+                format!(
+                    "The reference counts were wrong, so nothing was removed, and they were made anew; the next reclaim \
+                     goes on: {reason}."
+                ),
+            ),
+        }
         if report.waiting_bytes > 0 {
             job.log(
                 LogLevel::Info,
@@ -730,6 +806,7 @@ fn reclaim_options(options: &api::Reclaim, dry_run: bool) -> ReclaimOptions {
         hold: options.hold_seconds,
         breaker_percent: options.breaker_percent.map(u32::from),
         dry_run,
+        ..ReclaimOptions::default()
     }
 }
 

@@ -18,6 +18,8 @@ pub const MAX_BYTES: u64 = (MAX_CONTENT + HEADER + HASH + HASH + crate::keys::TA
 /// The clear part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BundleHeader {
+    /// Key generation under which it is sealed.
+    pub generation: u16,
     /// The pool.
     pub pool: PoolId,
     /// Number of the first record.
@@ -33,6 +35,7 @@ impl BundleHeader {
     pub fn encode(&self, sealed: usize) -> [u8; HEADER] {
         let mut bytes = [0u8; HEADER];
         bytes[..12].copy_from_slice(&head(MAGIC));
+        bytes[12..14].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.pool.0);
         bytes[32..40].copy_from_slice(&self.first.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.last.to_le_bytes());
@@ -59,13 +62,14 @@ pub fn decode(bytes: &[u8]) -> Result<(BundleHeader, [u8; HEADER], &[u8]), Forma
     }
     check_head(bytes, MAGIC)?;
     let raw: [u8; HEADER] = take(bytes, 0)?;
-    if u32_at(bytes, 12)? != 0 {
-        return Err(FormatError::at(12, "reserved bytes are not zero"));
+    if u16_at(bytes, 14)? != 0 {
+        return Err(FormatError::at(14, "reserved bytes are not zero"));
     }
     if u64_at(bytes, 64)? != (end - HEADER) as u64 {
         return Err(FormatError::at(64, format!("a content of {} bytes is there", end - HEADER)));
     }
     let header = BundleHeader {
+        generation: u16_at(bytes, 12)?,
         pool: PoolId(take(bytes, 16)?),
         first: u64_at(bytes, 32)?,
         last: u64_at(bytes, 40)?,

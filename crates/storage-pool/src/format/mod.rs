@@ -4,10 +4,14 @@
 
 pub mod ballast;
 pub mod bundle;
+pub mod counts;
+pub mod key;
 pub mod node;
 pub mod pack;
+pub mod parity;
 pub mod payload;
 pub mod record;
+pub mod ring;
 pub mod run;
 pub mod twin;
 

@@ -50,6 +50,8 @@ impl PackKind {
 pub struct PackHeader {
     /// What its chunks are.
     pub kind: PackKind,
+    /// Key generation under which it is sealed.
+    pub generation: u16,
     /// The pool.
     pub pool: PoolId,
     /// The key domain.
@@ -64,6 +66,7 @@ impl PackHeader {
         let mut bytes = [0u8; HEADER];
         bytes[..12].copy_from_slice(&head(MAGIC));
         bytes[12..14].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        bytes[14..16].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.pool.0);
         bytes[32..48].copy_from_slice(&self.domain.0);
         bytes[48..64].copy_from_slice(&self.pack.0);
@@ -75,11 +78,9 @@ impl PackHeader {
         check_head(bytes, MAGIC)?;
         let kind =
             PackKind::of(u16_at(bytes, 12)?).ok_or_else(|| FormatError::at(12, "unknown kind of pack"))?;
-        if u16_at(bytes, 14)? != 0 {
-            return Err(FormatError::at(14, "reserved bytes are not zero"));
-        }
         Ok(PackHeader {
             kind,
+            generation: u16_at(bytes, 14)?,
             pool: PoolId(take(bytes, 16)?),
             domain: DomainId(take(bytes, 32)?),
             pack: PackId(take(bytes, 48)?),

@@ -25,6 +25,7 @@ pub enum Kind {
     Tick = 14,
     Release = 15,
     Proved = 16,
+    Rotation = 17,
 }
 
 impl Kind {
@@ -33,7 +34,7 @@ impl Kind {
         use Kind::*;
         [
             Created, Takeover, Domain, Point, Tombstone, Undelete, Quarantine, Permit, Document, Damage,
-            Suspect, Verified, Restored, Tick, Release, Proved,
+            Suspect, Verified, Restored, Tick, Release, Proved, Rotation,
         ]
         .into_iter()
         .find(|&kind| kind as u16 == number)
@@ -78,6 +79,9 @@ pub struct Settings {
     /// Bytes that ingests leave free on the volume.
     #[prost(uint64, tag = "7")]
     pub reserve: u64,
+    /// Parity of packs, in percent of their bytes; 0 for none.
+    #[prost(uint32, tag = "8")]
+    pub parity_percent: u32,
 }
 
 /// Takeover (2).
@@ -207,6 +211,20 @@ pub struct Packs {
     /// Bytes of them that were still in use and were copied to other packs first.
     #[prost(uint64, tag = "3")]
     pub rewritten: u64,
+}
+
+/// Rotation (17): from this record on everything is sealed under a new root. Sealed under it itself.
+#[derive(Clone, PartialEq, Message)]
+pub struct Rotation {
+    /// The new key generation.
+    #[prost(uint32, tag = "1")]
+    pub generation: u32,
+    /// Hash of its ring file.
+    #[prost(bytes = "vec", tag = "2")]
+    pub ring: Vec<u8>,
+    /// Recipients removed by it, 16 bytes each.
+    #[prost(bytes = "vec", tag = "3")]
+    pub removed: Vec<u8>,
 }
 
 /// Document (9).

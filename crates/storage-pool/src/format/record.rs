@@ -20,6 +20,8 @@ pub const UNKNOWN: [u8; 32] = [0; 32];
 pub struct RecordHeader {
     /// What it is; see [`super::payload`].
     pub kind: u16,
+    /// Key generation under which it is sealed.
+    pub generation: u16,
     /// The pool.
     pub pool: PoolId,
     /// Its number; equals the file name.
@@ -40,6 +42,7 @@ impl RecordHeader {
         let mut bytes = [0u8; HEADER];
         bytes[..12].copy_from_slice(&head(MAGIC));
         bytes[12..14].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[14..16].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.pool.0);
         bytes[32..40].copy_from_slice(&self.number.to_le_bytes());
         bytes[40..48].copy_from_slice(&self.epoch.to_le_bytes());
@@ -75,11 +78,12 @@ pub fn decode(bytes: &[u8]) -> Result<(RecordHeader, [u8; HEADER], &[u8]), Forma
     let end = HEADER.checked_add(sealed).filter(|&end| end + 32 == bytes.len()).ok_or_else(|| {
         FormatError::at(104, format!("payload of {sealed} bytes in a file of {} bytes", bytes.len()))
     })?;
-    if u16_at(bytes, 14)? != 0 || u32_at(bytes, 108)? != 0 {
-        return Err(FormatError::at(14, "reserved bytes are not zero"));
+    if u32_at(bytes, 108)? != 0 {
+        return Err(FormatError::at(108, "reserved bytes are not zero"));
     }
     let header = RecordHeader {
         kind: u16_at(bytes, 12)?,
+        generation: u16_at(bytes, 14)?,
         pool: PoolId(take(bytes, 16)?),
         number: u64_at(bytes, 32)?,
         epoch: u64_at(bytes, 40)?,

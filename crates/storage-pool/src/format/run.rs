@@ -3,6 +3,8 @@
 //! Nothing here needs more memory than one partition's filter keys and the tail: a run is written and read as a stream.
 //! Every part is under a keyed hash, so that nobody without the root key can make the pool believe that it holds a
 //! chunk, or that it does not.
+//!
+//! Files of reference counts (section 7.1) are made of the same pages: see [`PagesOf`].
 
 use model::{DomainId, PoolId};
 
@@ -10,8 +12,6 @@ use super::pack::PackKind;
 use super::{FormatError, check_head, head, take, u16_at, u32_at, u64_at};
 use crate::chunk::{ChunkId, LOCATION_END, PackId};
 
-const MAGIC: &[u8; 8] = b"STPRUN_1";
-const END: &[u8; 8] = b"STPRUNE1";
 /// Bytes of the header.
 pub const HEADER: usize = 64;
 /// Bytes of the trailer.
@@ -35,6 +35,46 @@ const BITS_A_KEY: u64 = 12;
 const BLOCK_BITS: u64 = 256;
 /// Packs that a run can name: positions have 24 bits.
 pub const MAX_PACKS: usize = 1 << 24;
+
+/// What the pages of a file say of chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PagesOf {
+    /// Where they are: a run of the index.
+    Places,
+    /// How many references came and went: a file of counts. It has no filters, because it is only asked in order of ids, and
+    /// more bytes in its tail.
+    Counts,
+}
+
+impl PagesOf {
+    fn magic(self) -> &'static [u8; 8] {
+        match self {
+            PagesOf::Places => b"STPRUN_1",
+            PagesOf::Counts => b"STPCNT_1",
+        }
+    }
+
+    fn end(self) -> &'static [u8; 8] {
+        match self {
+            PagesOf::Places => b"STPRUNE1",
+            PagesOf::Counts => b"STPCNTE1",
+        }
+    }
+
+    /// Bytes of the filter of a partition of so many keys.
+    fn filter_bytes(self, keys: u64) -> u64 {
+        match self {
+            PagesOf::Places => filter_blocks(keys) * 32 + 16,
+            PagesOf::Counts => 0,
+        }
+    }
+
+    /// Where a partition begins.
+    fn partition_at(self, partition: u64) -> u64 {
+        let filter = self.filter_bytes(PARTITION_ENTRIES);
+        HEADER as u64 + partition * (PARTITION_PAGES * PAGE as u64 + filter)
+    }
+}
 
 /// A pack as a run names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,10 +154,6 @@ fn filter_blocks(keys: u64) -> u64 {
     (keys * BITS_A_KEY).div_ceil(BLOCK_BITS)
 }
 
-fn filter_bytes(keys: u64) -> u64 {
-    filter_blocks(keys) * 32 + 16
-}
-
 /// Check value of a partition's filter: bound to its run by the key, and to its place in it.
 fn filter_check(key: &[u8; 32], partition: u64, bytes: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new_keyed(key);
@@ -134,6 +170,7 @@ fn short(hash: blake3::Hash) -> [u8; 16] {
 /// What header and trailer say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunEnds {
+    of: PagesOf,
     /// The pool.
     pub pool: PoolId,
     /// Its number; equals the file name.
@@ -145,22 +182,31 @@ pub struct RunEnds {
     packs: u32,
     superseded: u32,
     pages: u32,
+    /// Bytes that the tail has besides.
+    more: u64,
     tail_at: u64,
     tail_hash: [u8; 32],
     raw_header: [u8; HEADER],
 }
 
+/// Key generation of the file with this header, of which nothing is proved yet.
+pub fn generation(of: PagesOf, header: &[u8; HEADER]) -> Result<u16, FormatError> {
+    check_head(header, of.magic())?;
+    u16_at(header, 12)
+}
+
 impl RunEnds {
     /// Header and trailer of a file of `length` bytes, under the run's key.
     pub fn decode(
+        of: PagesOf,
         key: &[u8; 32],
         header: &[u8; HEADER],
         trailer: &[u8; TRAILER],
         length: u64,
     ) -> Result<RunEnds, FormatError> {
-        check_head(header, MAGIC)?;
+        check_head(header, of.magic())?;
         let at = length.saturating_sub(TRAILER as u64);
-        if trailer[..8] != *END {
+        if trailer[..8] != *of.end() {
             return Err(FormatError::at(at, "no trailer: the run is cut off or overwritten"));
         }
         let mut hasher = blake3::Hasher::new_keyed(key);
@@ -168,10 +214,15 @@ impl RunEnds {
         if short(hasher.finalize()) != trailer[80..] {
             return Err(FormatError::at(at, "header and trailer of the run do not fit their hash"));
         }
-        if header[12..16] != [0; 4] || header[40..] != [0; 24] || trailer[36..48] != [0; 12] {
+        let reserved = if of == PagesOf::Counts { 44 } else { 36 };
+        if header[14..16] != [0; 2]
+            || header[40..] != [0; 24]
+            || trailer[reserved..48].iter().any(|&byte| byte != 0)
+        {
             return Err(FormatError::at(12, "reserved bytes are not zero"));
         }
         let mut ends = RunEnds {
+            of,
             pool: PoolId(take(header, 16)?),
             number: u64_at(header, 32)?,
             entries: u64_at(trailer, 8)?,
@@ -179,13 +230,14 @@ impl RunEnds {
             superseded: u32_at(trailer, 20)?,
             pages: u32_at(trailer, 24)?,
             witnessed: u64_at(trailer, 28)?,
+            more: u64_at(trailer, 36)?,
             tail_at: 0,
             tail_hash: take(trailer, 48)?,
             raw_header: *header,
         };
         let tail = ends.tail_bytes();
         let expected = (u64::from(ends.pages) == ends.entries.div_ceil(PAGE_ENTRIES as u64))
-            .then(|| ends.pages_end() + tail);
+            .then(|| ends.pages_end().saturating_add(tail));
         if expected != Some(at) || tail > MAX_TAIL {
             return Err(FormatError::at(
                 at,
@@ -197,7 +249,8 @@ impl RunEnds {
     }
 
     fn tail_bytes(&self) -> u64 {
-        u64::from(self.packs) * 48 + u64::from(self.superseded) * 8 + u64::from(self.pages) * 8
+        let listed = u64::from(self.packs) * 48 + u64::from(self.superseded) * 8 + u64::from(self.pages) * 8;
+        listed.saturating_add(if self.of == PagesOf::Counts { self.more } else { 0 })
     }
 
     /// Where the last filter ends. `pages` has 32 bits, so nothing here overflows.
@@ -205,17 +258,13 @@ impl RunEnds {
         let full = self.entries / PARTITION_ENTRIES;
         let rest = self.entries % PARTITION_ENTRIES;
         let last = rest.div_ceil(PAGE_ENTRIES as u64) * PAGE as u64;
-        partition_at(full) + last + if rest > 0 { filter_bytes(rest) } else { 0 }
+        self.of.partition_at(full) + last + if rest > 0 { self.of.filter_bytes(rest) } else { 0 }
     }
 
     /// Where the tail is, and its bytes.
     pub fn tail(&self) -> (u64, u64) {
         (self.tail_at, self.tail_bytes())
     }
-}
-
-fn partition_at(partition: u64) -> u64 {
-    HEADER as u64 + partition * (PARTITION_PAGES * PAGE as u64 + filter_bytes(PARTITION_ENTRIES))
 }
 
 /// All of a run but its pages and filters.
@@ -225,10 +274,12 @@ pub struct RunHead {
     pub ends: RunEnds,
     /// The packs it covers.
     pub packs: Vec<RunPack>,
-    /// Runs that it replaces.
+    /// Runs that it replaces; of a file of counts, those that it stands on.
     pub superseded: Vec<u64>,
     /// First 8 bytes of the first id of each page.
     pub fences: Vec<u64>,
+    /// What the tail of a file of counts has besides.
+    pub more: Vec<u8>,
 }
 
 impl RunHead {
@@ -244,6 +295,7 @@ impl RunHead {
             packs: Vec::with_capacity(ends.packs as usize),
             superseded: Vec::with_capacity(ends.superseded as usize),
             fences: Vec::with_capacity(ends.pages as usize),
+            more: Vec::new(),
         };
         let mut at = 0;
         for _ in 0..ends.packs {
@@ -265,6 +317,7 @@ impl RunHead {
             head.fences.push(u64_at(bytes, at)?);
             at += 8;
         }
+        head.more.extend_from_slice(bytes.get(at..).unwrap_or_default());
         Ok(head)
     }
 
@@ -280,7 +333,7 @@ impl RunHead {
 
     /// Where page `page` stands.
     pub fn page_at(&self, page: u64) -> u64 {
-        partition_at(page / PARTITION_PAGES) + page % PARTITION_PAGES * PAGE as u64
+        self.ends.of.partition_at(page / PARTITION_PAGES) + page % PARTITION_PAGES * PAGE as u64
     }
 
     /// Pages that stand one after another from page `from` on, at most `most`.
@@ -293,11 +346,16 @@ impl RunHead {
         self.ends.entries.saturating_sub(partition * PARTITION_ENTRIES).min(PARTITION_ENTRIES)
     }
 
+    /// Whether there are filters.
+    pub fn has_filters(&self) -> bool {
+        self.ends.of == PagesOf::Places
+    }
+
     /// Where the filter of a partition stands, and its bytes, check included.
     pub fn filter_at(&self, partition: u64) -> (u64, u64) {
         let keys = self.partition_keys(partition);
         let pages = keys.div_ceil(PAGE_ENTRIES as u64);
-        (partition_at(partition) + pages * PAGE as u64, filter_bytes(keys))
+        (self.ends.of.partition_at(partition) + pages * PAGE as u64, self.ends.of.filter_bytes(keys))
     }
 
     /// The filter of a partition.
@@ -382,6 +440,7 @@ impl Page<'_> {
 /// A run being written, as bytes for the end of a file: [`RunWriter::push`] entries in order, [`RunWriter::take`] what
 /// is ready now and then, and [`RunWriter::finish`].
 pub struct RunWriter {
+    of: PagesOf,
     key: [u8; 32],
     header: [u8; HEADER],
     ready: Vec<u8>,
@@ -392,13 +451,15 @@ pub struct RunWriter {
 }
 
 impl RunWriter {
-    /// Begins run `number`.
-    pub fn new(key: [u8; 32], pool: PoolId, number: u64) -> RunWriter {
+    /// Begins run `number`; `key` is of key generation `generation`.
+    pub fn new(of: PagesOf, key: [u8; 32], generation: u16, pool: PoolId, number: u64) -> RunWriter {
         let mut header = [0u8; HEADER];
-        header[..12].copy_from_slice(&head(MAGIC));
+        header[..12].copy_from_slice(&head(of.magic()));
+        header[12..14].copy_from_slice(&generation.to_le_bytes());
         header[16..32].copy_from_slice(&pool.0);
         header[32..40].copy_from_slice(&number.to_le_bytes());
         RunWriter {
+            of,
             key,
             header,
             ready: header.to_vec(),
@@ -421,7 +482,9 @@ impl RunWriter {
         self.page.extend_from_slice(&entry.id.0);
         self.page.extend_from_slice(&entry.pack.to_le_bytes()[..3]);
         self.page.extend_from_slice(&entry.location.to_le_bytes()[..3]);
-        self.keys.push(filter_key(&entry.id));
+        if self.of == PagesOf::Places {
+            self.keys.push(filter_key(&entry.id));
+        }
         self.entries += 1;
         if self.page.len() == PAGE_ENTRIES * ENTRY {
             self.end_page();
@@ -472,8 +535,9 @@ impl RunWriter {
         written
     }
 
-    /// Ends the run; the last bytes are ready then. `witnessed` is the number of the last record.
-    pub fn finish(&mut self, packs: &[RunPack], superseded: &[u64], witnessed: u64) {
+    /// Ends the run; the last bytes are ready then. `witnessed` is the number of the last record; `more` is for files of
+    /// counts.
+    pub fn finish(&mut self, packs: &[RunPack], superseded: &[u64], witnessed: u64, more: &[u8]) {
         self.end_page();
         self.end_partition();
         let begin = self.ready.len();
@@ -486,16 +550,18 @@ impl RunWriter {
         }
         superseded.iter().for_each(|number| self.ready.extend_from_slice(&number.to_le_bytes()));
         self.fences.iter().for_each(|fence| self.ready.extend_from_slice(&fence.to_le_bytes()));
+        self.ready.extend_from_slice(more);
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
         hasher.update(&self.header).update(&self.ready[begin..]);
         let tail_hash = hasher.finalize();
         let mut trailer = [0u8; TRAILER];
-        trailer[..8].copy_from_slice(END);
+        trailer[..8].copy_from_slice(self.of.end());
         trailer[8..16].copy_from_slice(&self.entries.to_le_bytes());
         trailer[16..20].copy_from_slice(&(packs.len() as u32).to_le_bytes());
         trailer[20..24].copy_from_slice(&(superseded.len() as u32).to_le_bytes());
         trailer[24..28].copy_from_slice(&(self.fences.len() as u32).to_le_bytes());
         trailer[28..36].copy_from_slice(&witnessed.to_le_bytes());
+        trailer[36..44].copy_from_slice(&(more.len() as u64).to_le_bytes());
         trailer[48..80].copy_from_slice(tail_hash.as_bytes());
         let mut hasher = blake3::Hasher::new_keyed(&self.key);
         hasher.update(&self.header).update(&trailer[..80]);
@@ -512,5 +578,16 @@ pub fn name(number: u64) -> String {
 /// Number of a run by the last part of its name.
 pub fn number(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".run")?;
+    (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+}
+
+/// Name of the file of counts `number` in the pool's folder.
+pub fn counts_name(number: u64) -> String {
+    format!("index/{number:016x}.counts")
+}
+
+/// Number of a file of counts by the last part of its name.
+pub fn counts_number(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".counts")?;
     (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok()).flatten()
 }

@@ -6,6 +6,8 @@ use super::{FormatError, check_head, head, take, u32_at};
 pub const POOL: &[u8; 8] = b"STPPOOL1";
 /// Magic of a key file.
 pub const KEY: &[u8; 8] = b"STPKEY_1";
+/// Magic of a ring file.
+pub const RING: &[u8; 8] = b"STPRING1";
 /// Magic of a secret file.
 pub const SECRET: &[u8; 8] = b"STPSECR1";
 

@@ -13,7 +13,7 @@ use environment::Files;
 use super::run_file::{Cursor, Run};
 use crate::chunk::{ChunkId, Location, PackId};
 use crate::error::PoolError;
-use crate::format::run::{self, RunEntry, RunPack, RunWriter};
+use crate::format::run::{self, PagesOf, RunEntry, RunPack, RunWriter};
 use crate::keys::Keys;
 use crate::sequence::{self, Unpublished};
 
@@ -126,7 +126,9 @@ impl Build {
     fn write_as(&self, number: u64, name: &str) -> Result<(), Unpublished> {
         let failed = |source| Unpublished::Failed(PoolError::io(self.files.display(name), "write", source));
         let mut file = self.files.create(name).map_err(failed)?;
-        let mut writer = RunWriter::new(self.keys.run(number), self.keys.pool(), number);
+        let generation = self.keys.generation();
+        let key = self.keys.run(generation, number).map_err(Unpublished::Failed)?;
+        let mut writer = RunWriter::new(PagesOf::Places, key, generation, self.keys.pool(), number);
         let mut sources: Vec<Source<'_>> = self
             .runs
             .iter()
@@ -163,7 +165,7 @@ impl Build {
                 writer.take(|bytes| file.append(bytes)).map_err(failed)?;
             }
         }
-        writer.finish(&self.packs, &self.superseded, self.head);
+        writer.finish(&self.packs, &self.superseded, self.head, &[]);
         writer.take(|bytes| file.append(bytes)).map_err(failed)?;
         sequence::publish_file(&*self.files, name, file)
     }

@@ -31,7 +31,8 @@ use crate::packs;
 pub use crate::packs::{FinishedPack, read_table};
 use build::Naming;
 pub use build::{Build, Built};
-use run_file::{Ends, Run};
+use run_file::Ends;
+pub(crate) use run_file::{Cursor, Run};
 pub use tables::Tables;
 pub(crate) use view::{Bits, View, ViewPlace};
 
@@ -170,7 +171,7 @@ impl Index {
                     continue;
                 }
                 match packs::read_table(&*files, keys, id) {
-                    Ok(table) => index.add_loose(&table),
+                    Ok(table) => index.add_table(&table),
                     // A reclaim beside this reader removed it after the listing.
                     Err(PoolError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
                     // One bad sector must not keep every other pack from being read.
@@ -339,7 +340,7 @@ impl Index {
                 continue;
             }
             match packs::read_table(&*self.files, &self.keys, pack.pack) {
-                Ok(table) => self.add_loose(&table),
+                Ok(table) => self.add_table(&table),
                 Err(error) => {
                     // Nobody knows what is in it, so nobody may think that nothing is: a reclaim sees only known packs.
                     if !self.runs.iter().any(|run| run.head.packs.iter().any(|other| other.pack == pack.pack))
@@ -357,6 +358,22 @@ impl Index {
             }
         }
         true
+    }
+
+    /// Adds the chunks of a pack that was there, and tells if its table had to be rebuilt.
+    fn add_table(&mut self, pack: &FinishedPack) {
+        if !pack.rebuilt.is_empty() {
+            self.damage.push(Damage::File {
+                path: self.files.display(&pack::name(pack.header.pack)),
+                offset: 0,
+                reason: format!(
+                    "{} sectors of its header or table were rebuilt from parity",
+                    pack.rebuilt.len()
+                ),
+                derived: false,
+            });
+        }
+        self.add_loose(pack);
     }
 
     /// Adds the chunks of a pack that became durable.

@@ -3,12 +3,13 @@
 use std::sync::{Arc, OnceLock};
 
 use environment::{Files, ReadFile};
+use model::PoolId;
 
 use crate::chunk::{ChunkId, Location};
 use crate::error::{Damage, PoolError};
 use crate::format::FormatError;
 use crate::format::run::{
-    self, Filter, PAGE, PAGE_ENTRIES, PARTITION_PAGES, RunEnds, RunEntry, RunHead, TRAILER,
+    self, Filter, PAGE, PAGE_ENTRIES, PARTITION_PAGES, PagesOf, RunEnds, RunEntry, RunHead, TRAILER,
 };
 use crate::keys::Keys;
 
@@ -16,7 +17,7 @@ use crate::keys::Keys;
 const TOGETHER: u64 = 32;
 
 /// A run. Its fences and packs are in memory from the start; a partition's filter from the first look into it.
-pub(super) struct Run {
+pub(crate) struct Run {
     pub head: RunHead,
     key: [u8; 32],
     file: Box<dyn ReadFile>,
@@ -37,12 +38,22 @@ pub(super) struct Ends {
 impl Ends {
     /// Reads 160 bytes of run `number`.
     pub fn read(files: &dyn Files, keys: &Keys, number: u64) -> Result<Ends, PoolError> {
-        let key = keys.run(number);
-        let name = run::name(number);
-        let path = files.display(&name);
+        let key = |generation| keys.run(generation, number);
+        Ends::read_as(PagesOf::Places, files, &key, keys.pool(), number, &run::name(number))
+    }
+
+    fn read_as(
+        of: PagesOf,
+        files: &dyn Files,
+        key: &dyn Fn(u16) -> Result<[u8; 32], PoolError>,
+        pool: PoolId,
+        number: u64,
+        name: &str,
+    ) -> Result<Ends, PoolError> {
+        let path = files.display(name);
         let io = |source| PoolError::io(path.clone(), "read", source);
         let format = |error: FormatError| error.in_file(path.clone());
-        let file = files.open(&name).map_err(io)?;
+        let file = files.open(name).map_err(io)?;
         let length = file.len().map_err(io)?;
         let Some(at) = length.checked_sub(TRAILER as u64).filter(|&at| at >= run::HEADER as u64) else {
             return Err(format(FormatError::at(length, "the run is cut off")));
@@ -51,8 +62,9 @@ impl Ends {
         let mut trailer = [0u8; TRAILER];
         file.read_exact_at(0, &mut header).map_err(io)?;
         file.read_exact_at(at, &mut trailer).map_err(io)?;
-        let ends = RunEnds::decode(&key, &header, &trailer, length).map_err(format)?;
-        if ends.pool != keys.pool() || ends.number != number {
+        let key = key(run::generation(of, &header).map_err(format)?)?;
+        let ends = RunEnds::decode(of, &key, &header, &trailer, length).map_err(format)?;
+        if ends.pool != pool || ends.number != number {
             return Err(format(FormatError::at(16, format!("is run {} of pool {}", ends.number, ends.pool))));
         }
         Ok(Ends { ends, key, file, path })
@@ -61,7 +73,17 @@ impl Ends {
 
 impl Run {
     pub fn open(files: &dyn Files, keys: &Keys, number: u64) -> Result<Run, PoolError> {
-        let Ends { ends, key, file, path } = Ends::read(files, keys, number)?;
+        Run::of_ends(Ends::read(files, keys, number)?)
+    }
+
+    /// A file of counts.
+    pub fn open_counts(files: &dyn Files, keys: &Keys, number: u64) -> Result<Run, PoolError> {
+        let name = run::counts_name(number);
+        let key = |generation| keys.counts(generation, number);
+        Run::of_ends(Ends::read_as(PagesOf::Counts, files, &key, keys.pool(), number, &name)?)
+    }
+
+    fn of_ends(Ends { ends, key, file, path }: Ends) -> Result<Run, PoolError> {
         let (at, length) = ends.tail();
         let mut bytes = vec![0u8; length as usize];
         file.read_exact_at(at, &mut bytes).map_err(|source| PoolError::io(path.clone(), "read", source))?;
@@ -190,7 +212,8 @@ impl Run {
         };
         let pages = (0..self.head.pages())
             .filter_map(|page| Some(damage(self.head.page_at(page), self.page(page, |_| Ok(())).err()?)));
-        let filters = (0..self.head.partitions())
+        let partitions = if self.head.has_filters() { self.head.partitions() } else { 0 };
+        let filters = (0..partitions)
             .filter_map(|at| Some(damage(self.head.filter_at(at).0, self.read_filter(at).err()?)));
         pages.chain(filters).collect()
     }
@@ -207,7 +230,7 @@ impl Run {
 }
 
 /// Reads a run from its first entry to its last, a few pages at a time, or jumps from one id to a higher one.
-pub(super) struct Cursor {
+pub(crate) struct Cursor {
     run: Arc<Run>,
     next_page: u64,
     bytes: Vec<u8>,

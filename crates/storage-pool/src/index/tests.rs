@@ -26,6 +26,7 @@ fn pack_id(n: u32) -> PackId {
 /// A pack of the chunks `from..to`, of which only the table exists.
 fn table(n: u32, chunks: std::ops::Range<u64>) -> FinishedPack {
     let header = PackHeader {
+        generation: 0,
         kind: PackKind::Blocks,
         pool: PoolId([7; 16]),
         domain: DomainId([2; 16]),
@@ -35,7 +36,13 @@ fn table(n: u32, chunks: std::ops::Range<u64>) -> FinishedPack {
         id: chunk(n),
         location: Location::new(header.pack, 64 + at as u32 / 16 * 64, at % 16).at,
     });
-    FinishedPack { header, length: 1 << 20, table: table.collect() }
+    FinishedPack {
+        header,
+        length: 1 << 20,
+        content: 1 << 20,
+        table: table.collect(),
+        rebuilt: Default::default(),
+    }
 }
 
 fn index(files: &Arc<SimulatedFiles>) -> Index {

@@ -43,6 +43,11 @@ impl Bits {
         Bits(runs.chain(std::iter::once(words(view.extra.len() as u64))).collect())
     }
 
+    /// Clear for every view.
+    pub fn none() -> Bits {
+        Bits(Vec::new())
+    }
+
     fn set(&mut self, source: usize, entry: u64) {
         if let Some(word) = self.0.get_mut(source).and_then(|words| words.get_mut((entry / 64) as usize)) {
             *word |= 1 << (entry % 64);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use environment::SeededRandomness;
 use environment::simulated::{Failure, Operation, SimulatedFiles, When};
 use model::{DatasourceId, RecoveryPointId};
-use storage_pool::reclaim::ReclaimOptions;
+use storage_pool::reclaim::{CountsUse, ReclaimOptions};
 use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Access, Damage, Pool, PoolError, Settings};
 
@@ -123,6 +123,8 @@ struct Life {
     is_volume_suspect: bool,
     /// Such a loss ever happened: records that nobody was told of may be missing.
     is_scarred: bool,
+    /// A mark found the reference counts wrong, which no accident may make them.
+    contradicted: Option<String>,
     figures: Figures,
     log: Vec<String>,
 }
@@ -137,6 +139,7 @@ pub fn live(seed: u64, rounds: u64) -> Result<Figures, String> {
         breaker_percent: 100,
         zstd_level: 1,
         reserve: Some(1 << 14),
+        parity_percent: if seed.is_multiple_of(3) { 5 } else { 0 },
     };
     let mut life = Life {
         rig: Rig::new(seed, settings),
@@ -147,6 +150,7 @@ pub fn live(seed: u64, rounds: u64) -> Result<Figures, String> {
         hours: 0,
         is_volume_suspect: false,
         is_scarred: false,
+        contradicted: None,
         figures: Figures::default(),
         log: Vec::new(),
     };
@@ -204,6 +208,9 @@ impl Life {
         match self.rig.writer(self.server) {
             Ok(pool) => self.work(&pool)?,
             Err(error) => self.log.push(format!("open: {error}")),
+        }
+        if let Some(reason) = &self.contradicted {
+            return Err(format!("the reference counts are wrong: {reason}"));
         }
         // A power cut compares by itself.
         let mut is_compared = true;
@@ -435,6 +442,9 @@ impl Life {
                 match report {
                     Ok(report) => {
                         self.figures.freed_packs += report.freed_packs;
+                        if let CountsUse::Wrong(reason) = &report.counts {
+                            self.contradicted = Some(reason.clone());
+                        }
                         Ok(format!("reclaim {report:?}"))
                     }
                     Err(error @ PoolError::Stopped { .. }) => Ok(format!("reclaim: {error}")),
@@ -463,6 +473,22 @@ impl Life {
                     Ok(relaid) => Ok(format!("wrote again {relaid:?}")),
                     // A node or block that rotted, as far as anybody may tell: nothing is copied unproved.
                     Err(PoolError::ChunkLost { .. }) => Ok(format!("{id} cannot be read whole")),
+                    Err(error) => Err(error),
+                }
+            }
+            22 => {
+                let mut id = None;
+                pool.add_kit(&mut |kit| {
+                    id = Some(kit.id);
+                    Ok(kit.clone())
+                })?;
+                // Half of the rotations remove a kit.
+                let removed: Vec<_> = id.into_iter().filter(|_| self.below(2) == 0).collect();
+                match pool.rotate_keys(&removed) {
+                    Ok(generation) => Ok(format!("key generation {generation}, without {removed:?}")),
+                    Err(error @ (PoolError::Stopped { .. } | PoolError::Busy { .. })) => {
+                        Ok(format!("rotation: {error}"))
+                    }
                     Err(error) => Err(error),
                 }
             }

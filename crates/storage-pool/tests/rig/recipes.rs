@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use environment::simulated::SimulatedFiles;
 use model::{Cause, Consistency, DatasourceId, RecoveryPointId, Timestamp};
+use storage_pool::kit::Recipient;
 use storage_pool::reclaim::{DeletionService, ReclaimOptions};
+use storage_pool::verify::Depth;
 use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, PoolError, Settings};
 
 use super::golden::{self, Golden};
@@ -50,6 +52,10 @@ pub const RECIPES: &[Recipe] = &[
     Recipe { name: "stored-again", make: stored_again },
     Recipe { name: "restored-record", make: restored_record },
     Recipe { name: "merged-runs-and-bundles", make: merged },
+    Recipe { name: "rotated-keys", make: rotated },
+    Recipe { name: "kit-of-a-later-generation", make: late_kit },
+    Recipe { name: "parity", make: parity },
+    Recipe { name: "parity-rotten", make: parity_rotten },
 ];
 
 /// A pool in the making.
@@ -64,7 +70,10 @@ fn id(n: u8) -> RecoveryPointId {
 
 impl Making {
     fn new(seed: u64) -> Making {
-        let settings = Settings { breaker_percent: 100, ..Settings::without_safety() };
+        Making::with(seed, Settings::without_safety())
+    }
+
+    fn with(seed: u64, settings: Settings) -> Making {
         Making { rig: Rig::new(golden::SEED + seed, settings), points: BTreeMap::new() }
     }
 
@@ -290,6 +299,99 @@ fn merged() -> Made {
     }
     making.tidy();
     making.done()
+}
+
+/// A further kit.
+fn add_kit(making: &Making) -> Recipient {
+    let mut kit = None;
+    let pool = making.rig.writer(1).unwrap();
+    pool.add_kit(&mut |new| {
+        kit = Some(new.clone());
+        Ok(new.clone())
+    })
+    .unwrap();
+    kit.unwrap()
+}
+
+/// Points of three key generations. The first rotation removed a kit; a rotation between them was cut off after its ring. Every
+/// byte was proved.
+fn rotated() -> Made {
+    let mut making = Making::new(9);
+    making.put(1, 1, None, 4, &[(0, 1), (1, 2)]);
+    let removed = add_kit(&making);
+    making.rig.writer(1).unwrap().rotate_keys(&[removed.id]).unwrap();
+    making.put(2, 1, Some(1), 4, &[(1, 3), (2, 4)]);
+    let pool = making.rig.writer(1).unwrap();
+    assert_eq!(pool.rotate_keys(&[]).unwrap(), 2);
+    drop(pool);
+    // As if the cut had come before the records of that rotation.
+    let mut snapshot = making.rig.files.snapshot();
+    for name in making.files("sequence/").iter().rev().take(2) {
+        snapshot.remove(name);
+    }
+    making.rig.files = SimulatedFiles::from_snapshot(golden::SEED, &snapshot);
+    assert_eq!(making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap(), 3);
+    making.put(3, 2, None, 4, &[(0, 1), (3, 5)]);
+    let pool = making.rig.writer(1).unwrap();
+    let report = pool.verify(Depth::ReadData, &mut |_, _| true).unwrap();
+    assert!(report.damage.is_empty(), "{:?}", report.damage);
+    drop(pool);
+    making.put(4, 1, Some(2), 4, &[(0, 6)]);
+    making.tidy();
+    making.done()
+}
+
+/// The kit was written after the first rotation, so its key file has a later root; and the keys were rotated again since.
+fn late_kit() -> Made {
+    let mut making = Making::new(10);
+    making.put(1, 1, None, 4, &[(0, 1), (1, 2)]);
+    making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap();
+    making.put(2, 1, Some(1), 4, &[(1, 3)]);
+    making.rig.kit = add_kit(&making);
+    making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap();
+    making.put(3, 1, Some(2), 4, &[(2, 4)]);
+    making.done()
+}
+
+/// Packs of several sectors with parity of more than one group, and small ones.
+fn with_parity(seed: u64) -> Making {
+    let mut making = Making::with(seed, Settings { parity_percent: 50, ..Settings::without_safety() });
+    let all: Vec<(u64, u64)> = (0..24).map(|at| (at, at + 1)).collect();
+    making.put(1, 1, None, 130, &all);
+    making.put(2, 2, None, 3, &[(0, 1), (1, 2)]);
+    making
+}
+
+fn parity() -> Made {
+    let mut making = with_parity(9);
+    making.put(3, 1, Some(1), 130, &[(5, 6), (6, 0)]);
+    making.done()
+}
+
+/// A pack that rotted and was stored again by a verify, and others that rotted since: a bit in each of two groups, and a
+/// table. All is there for who reads by parity.
+fn parity_rotten() -> Made {
+    let making = with_parity(10);
+    let packs = making.files("packs/");
+    let snapshot = making.rig.files.snapshot();
+    let largest = packs.iter().max_by_key(|name| snapshot.get(name).unwrap().len()).unwrap().clone();
+    making.rig.files.flip_bit(&largest, (64 + 32 + 5) * 8).unwrap();
+    let pool = making.rig.writer(1).unwrap();
+    let report = pool.verify(storage_pool::verify::Depth::Hashes, &mut |_, _| true).unwrap();
+    assert_eq!(report.stored_again.len(), 1, "{report:?}");
+    drop(pool);
+    let new = making.files("packs/").into_iter().find(|name| !packs.contains(name)).unwrap();
+    for byte in [64 + 32 + 7, 4096 + 100] {
+        making.rig.files.flip_bit(&new, byte * 8).unwrap();
+    }
+    let small = packs.iter().find(|name| **name != largest).unwrap().clone();
+    let bytes = snapshot.get(&small).unwrap();
+    let footer = &bytes[bytes.len() - 64..];
+    let content = u64::from_le_bytes(footer[8..16].try_into().unwrap());
+    making.rig.files.flip_bit(&small, (content - 70) * 8).unwrap();
+    let mut made = making.done();
+    made.damaged = vec![largest, new, small];
+    made
 }
 
 /// What a reader must find, out of the ledger and not out of the pool: the hash of every disk that can be had, and the
