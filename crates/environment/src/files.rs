@@ -56,7 +56,8 @@ pub trait Files: Send + Sync {
     fn open(&self, name: &str) -> io::Result<Box<dyn ReadFile>>;
     /// What a folder holds, in order of name. A missing folder is `NotFound`.
     fn list(&self, folder: &str) -> io::Result<Vec<Entry>>;
-    /// Makes a folder and those above it, durable; fine if it exists.
+    /// Makes a folder and those above it, durable; fine if it exists. Of one that existed, success does not prove that
+    /// its name lasts: the sync of an earlier call may have failed, and later ones then bring nothing back (INV-5).
     fn make_folder(&self, folder: &str) -> io::Result<()>;
     /// Makes the names in a folder durable. For names that were published by a process which may have ended before
     /// its own sync; never to mend a sync that failed (INV-5). A missing folder is `NotFound`.

@@ -23,7 +23,7 @@
 //! | name linked or removed, folder not synced since | any state of that name since the last sync |
 //! | name in a folder whose own name was lost | gone |
 //! | bytes not synced (only after a sync that lied) | each page of 512 or 4096 bytes there, zeros or rubbish; the length anything in between |
-//! | bytes of a failed sync | decided at the failure; every later sync "succeeds" and changes nothing |
+//! | bytes and names of a failed sync | decided at the failure; every later sync "succeeds" and changes nothing |
 //! | synced bytes under a name whose folder was synced | the same (must) |
 
 mod crash;

@@ -168,7 +168,7 @@ fn put(
         PackKind::Nodes => &mut inner.nodes,
     };
     if slot.is_none() {
-        let id = PackId(shared.pool.world.random_id()?);
+        let id = shared.pool.new_pack()?;
         *slot = Some(PackWriter::begin(
             shared.pool.world.files.clone(),
             shared.pool.id(),

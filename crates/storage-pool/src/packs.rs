@@ -53,7 +53,7 @@ pub struct FinishedPack {
 }
 
 impl PackWriter {
-    /// Begins a pack. It has no name until it is finished.
+    /// Begins a pack, under an id of [`crate::Pool::new_pack`]. It has no name until it is finished.
     pub fn begin(
         files: Arc<dyn Files>,
         pool: PoolId,
@@ -63,7 +63,6 @@ impl PackWriter {
     ) -> Result<PackWriter, PoolError> {
         let name = pack::name(id);
         let failed = |source| PoolError::io(files.display(&name), "create", source);
-        files.make_folder(&format!("packs/{:02x}", id.0[0])).map_err(failed)?;
         let mut file = files.create(&name).map_err(failed)?;
         let generation = keys.generation();
         let header = PackHeader { kind, generation, pool, domain: keys.domain, pack: id };

@@ -1,6 +1,6 @@
 //! Opening, creating and reading a pool.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::sync::{
     Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
@@ -136,6 +136,8 @@ pub struct Pool {
     pub(crate) room: Room,
     domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
     tables: Mutex<Tables>,
+    /// First bytes of pack ids whose folders are there and have durable names.
+    pack_folders: Mutex<BTreeSet<u8>>,
     /// By whom the pool was opened.
     pub(crate) recipient: Recipient,
     /// Held by whoever changes who can open the pool.
@@ -156,6 +158,10 @@ impl From<Index> for OpenIndex {
         OpenIndex { damage: index.damage().to_vec(), index: RwLock::new(index) }
     }
 }
+
+/// Ids drawn for a pack until one falls into a folder that can be used. If one of the 256 can, it is missed once in
+/// e^16.
+const FOLDER_DRAWS: usize = 4096;
 
 /// How often a reader looks again when a writer went on beside it.
 const LOOKS: usize = 4;
@@ -332,7 +338,7 @@ impl Pool {
                 let reads = crate::format::VERSION;
                 return Err(PoolError::TooNew { path: record.path.clone(), needs, reads });
             }
-            let folders: std::collections::BTreeSet<String> = index
+            let folders: BTreeSet<String> = index
                 .iter()
                 .flat_map(|index| index.loose_packs())
                 .map(|pack| crate::format::pack::folder(*pack))
@@ -354,6 +360,7 @@ impl Pool {
             Mutex::new(Writer { appender, bundles, bundle_after: 0, broken: None, _lock: lock })
         });
         let is_writer = writer.is_some();
+        let pack_folders = index.iter().flat_map(Index::folders_with_packs).collect();
         let pool = Pool {
             keys,
             settings: header.settings,
@@ -368,6 +375,7 @@ impl Pool {
             room: if is_writer { Room::default() } else { Room(usize::MAX) },
             domains: Mutex::new(HashMap::new()),
             tables: Mutex::new(Tables::default()),
+            pack_folders: Mutex::new(pack_folders),
             recipient: recipient.clone(),
             recipients: Mutex::new(()),
             sealing: Mutex::new(()),
@@ -607,6 +615,47 @@ impl Pool {
             let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
             writer.broken.get_or_insert(error.to_string());
         }
+    }
+
+    /// A fresh id for a pack, in a folder whose name is durable.
+    ///
+    /// A folder that is there is no proof of that: where the sync failed that should have made its name durable, by this
+    /// process or by one before, the name stays visible, and every later sync succeeds without bringing it to the disk
+    /// (INV-5). A pack in it would go with it at the next power cut. So a folder is used that this process made anew, or
+    /// that has or had packs: none of them was begun before the name was durable. Any other is left alone and another id
+    /// drawn.
+    pub(crate) fn new_pack(&self) -> Result<PackId, PoolError> {
+        // Held over the making: a failed sync of `packs` takes all names there that were not durable yet, and whoever
+        // waits here has none.
+        let mut durable = self.pack_folders.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..FOLDER_DRAWS {
+            let id = PackId(self.world.random_id()?);
+            if durable.contains(&id.0[0]) {
+                return Ok(id);
+            }
+            let folder = crate::format::pack::folder(id);
+            let failed = |action, source| PoolError::io(self.world.path(&folder), action, source);
+            match self.world.files.list(&folder) {
+                Ok(_) if !self.had_packs(id.0[0]) => continue,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.world.files.make_folder(&folder).map_err(|source| failed("create", source))?;
+                }
+                Err(source) => return Err(failed("list", source)),
+            }
+            durable.insert(id.0[0]);
+            return Ok(id);
+        }
+        let reason = "its folders are empty and may not last over a power cut; stop the server and remove \
+                      those that are empty";
+        Err(PoolError::io(self.world.path("packs"), "make a pack in", io::Error::other(reason)))
+    }
+
+    /// Whether a pack was let go of whose id begins with this byte.
+    fn had_packs(&self, first: u8) -> bool {
+        let (mut low, mut high) = ([0; 16], [0xff; 16]);
+        (low[0], high[0]) = (first, first);
+        self.state().permitted.range(PackId(low)..=PackId(high)).next().is_some()
     }
 
     /// Makes a pack durable. If its name may not last, that is recorded, as far as storage lets us, and nothing more

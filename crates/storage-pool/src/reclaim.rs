@@ -529,7 +529,7 @@ impl Pool {
                 let mut writer = match writers.remove(&target) {
                     Some(writer) => writer,
                     None => {
-                        let id = PackId(self.world.random_id()?);
+                        let id = self.new_pack()?;
                         PackWriter::begin(self.world.files.clone(), self.id(), &keys, kind, id)?
                     }
                 };

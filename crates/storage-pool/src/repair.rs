@@ -146,7 +146,7 @@ impl Pool {
             let open = match &mut writer {
                 Some(open) => open,
                 none => {
-                    let new = PackId(self.world.random_id()?);
+                    let new = self.new_pack()?;
                     let files = self.world.files.clone();
                     let new = PackWriter::begin(files, self.id(), &keys, kind, new)?;
                     none.insert(new)

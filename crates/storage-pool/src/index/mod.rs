@@ -249,6 +249,11 @@ impl Index {
         &self.packs
     }
 
+    /// First bytes of the ids of packs that are there.
+    pub fn folders_with_packs(&self) -> impl Iterator<Item = u8> {
+        self.packs.iter().filter(|(_, info)| info.present).map(|(id, _)| id.0[0])
+    }
+
     /// Highest record that a readable run knew of: a sequence that ends before has lost records.
     pub fn witnessed(&self) -> u64 {
         self.witnessed

@@ -13,7 +13,7 @@ use std::sync::{Arc, OnceLock};
 
 use block_io::BlockDevice;
 use environment::simulated::SimulatedFiles;
-use environment::{Entry, Files, FixedClock, Lock, NewFile, ReadFile, SeededRandomness};
+use environment::{Entry, Files, FixedClock, Lock, NewFile, Randomness, ReadFile, SeededRandomness};
 use model::{BLOCK_BYTES, Cause, Consistency, DatasourceId, RecoveryPointId, Timestamp};
 use storage_pool::chunk::ChunkId;
 use storage_pool::kit::Recipient;
@@ -55,7 +55,7 @@ pub fn block(content: u64) -> &'static Block {
             .map(|content| {
                 let mut bytes = vec![0u8; BLOCK];
                 let random = SeededRandomness::new(content);
-                environment::Randomness::fill(&random, &mut bytes[..HEAD]).unwrap();
+                Randomness::fill(&random, &mut bytes[..HEAD]).unwrap();
                 Block {
                     head: bytes[..HEAD].try_into().unwrap(),
                     encoded: zstd::bulk::compress(&bytes, 1).unwrap(),
@@ -244,7 +244,7 @@ impl Files for Elsewhere {
 pub struct Rig {
     pub files: SimulatedFiles,
     pub clock: Arc<FixedClock>,
-    pub random: Arc<SeededRandomness>,
+    pub random: Arc<dyn Randomness>,
     pub server: Recipient,
     pub kit: Recipient,
 }
@@ -253,7 +253,7 @@ impl Rig {
     pub fn new(seed: u64, settings: Settings) -> Rig {
         let files = SimulatedFiles::new(seed);
         let clock = Arc::new(FixedClock::new(NOW));
-        let random = Arc::new(SeededRandomness::new(seed ^ 0xF00D));
+        let random: Arc<dyn Randomness> = Arc::new(SeededRandomness::new(seed ^ 0xF00D));
         let world =
             World { files: Arc::new(files.clone()), clock: clock.clone(), randomness: random.clone() };
         let mut kit = None;
