@@ -65,6 +65,11 @@ thread_local! {
 /// Decodes from the start on, `wanted` bytes at least or all: who reads a page of a block needs not what stands behind it. That
 /// the rest can be decoded is not known then.
 pub fn decode_start(codec: u8, bytes: &[u8], decoded: usize, wanted: usize) -> Result<Vec<u8>, String> {
+    // A frame may declare a window that only a decoder of the whole takes; and that one has the last word on damage.
+    start(codec, bytes, decoded, wanted).or_else(|_| decode(codec, bytes, decoded))
+}
+
+fn start(codec: u8, bytes: &[u8], decoded: usize, wanted: usize) -> Result<Vec<u8>, String> {
     // zstd decodes in blocks of 128 KiB at most, so near the end nothing is saved.
     if codec != ZSTD || wanted > decoded / 2 {
         return decode(codec, bytes, decoded);

@@ -307,9 +307,7 @@ pub enum FullCompare {
 impl Ingest {
     /// Begins, in a domain of the pool.
     pub fn begin(pool: &Arc<Pool>, domain: DomainId) -> Result<Ingest, PoolError> {
-        if !pool.is_writable() {
-            return Err(PoolError::ReadOnly);
-        }
+        pool.check_writer()?;
         let pass = pool.enter_ingest();
         let shared = Shared {
             pool: pool.clone(),

@@ -233,6 +233,8 @@ fn open_frame(
 
 /// Frames decoded last, kept by a reader.
 const CACHED_FRAMES: usize = 48;
+/// Frames of a damaged pack that are asked of which key generation it is.
+const PROBES: usize = 64;
 /// Pack files kept open by a reader.
 const OPEN_PACKS: usize = 64;
 
@@ -345,34 +347,50 @@ impl PackReader {
         }
     }
 
-    fn open(&self, pack: PackId, domain: DomainId) -> Result<Arc<OpenPack>, PoolError> {
+    /// The pack, for whoever reads the frame at `frame` of it.
+    fn open(&self, pack: PackId, domain: DomainId, frame: u32) -> Result<Arc<OpenPack>, PoolError> {
         if let Some(found) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(&pack) {
             return Ok(found);
         }
         let name = pack::name(pack);
         let path = self.files.display(&name);
         let file = self.files.open(&name).map_err(|source| PoolError::io(path.clone(), "open", source))?;
-        let key = self.key_of(&*file, pack, domain)?;
+        let (key, is_proved) = self.key_of(&*file, pack, domain, [frame])?;
         let opened = Arc::new(OpenPack { file, key, path, parity: OnceLock::new() });
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
+        // Of what no frame has proved, the next frame is asked again.
+        if is_proved {
+            self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
+        }
         Ok(opened)
     }
 
-    /// Key of a pack, as far as its file tells it; see [`PackReader::key_of`].
-    pub fn seal_key(&self, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+    /// Key of a pack with such frames, as far as its file tells it; see [`PackReader::key_of`].
+    pub fn seal_key(
+        &self,
+        pack: PackId,
+        domain: DomainId,
+        frames: impl IntoIterator<Item = u32>,
+    ) -> Result<SealKey, PoolError> {
         let name = pack::name(pack);
         let file = self.files.open(&name);
         let file = file.map_err(|source| PoolError::io(self.files.display(&name), "open", source))?;
-        self.key_of(&*file, pack, domain)
+        Ok(self.key_of(&*file, pack, domain, frames)?.0)
     }
 
     /// Key of a pack. Its header says of which generation; a header that is damaged or names none that is known does not
-    /// keep the frames of the pack from being read, as they stand for themselves: the first one tells.
-    fn key_of(&self, file: &dyn ReadFile, pack: PackId, domain: DomainId) -> Result<SealKey, PoolError> {
+    /// keep the frames of the pack from being read, as they stand for themselves: the first one tells, or one of `frames`, as
+    /// the first may lie in what is damaged too. The second value says whether one did.
+    fn key_of(
+        &self,
+        file: &dyn ReadFile,
+        pack: PackId,
+        domain: DomainId,
+        frames: impl IntoIterator<Item = u32>,
+    ) -> Result<(SealKey, bool), PoolError> {
         let keys = self.keys.domain(domain);
         let generations: Vec<u16> = self.keys.roots().into_keys().collect();
         if let [only] = generations[..] {
-            return keys.pack(only, pack);
+            return Ok((keys.pack(only, pack)?, true));
         }
         let header = |read: &ReadAt<'_>| {
             let mut raw = [0u8; HEADER];
@@ -388,18 +406,20 @@ impl PackReader {
         let read = |at: u64, buf: &mut [u8]| {
             file.read_exact_at(at, buf).map_err(|source| PoolError::io(String::new(), "read", source))
         };
-        for generation in stated.iter().chain(generations.iter().rev()) {
-            let key = keys.pack(*generation, pack)?;
-            if open_frame(&key, HEADER as u32, read).is_ok() {
-                return Ok(key);
+        for frame in [HEADER as u32].into_iter().chain(frames.into_iter().take(PROBES)) {
+            for generation in stated.iter().chain(generations.iter().rev()) {
+                let key = keys.pack(*generation, pack)?;
+                if open_frame(&key, frame, read).is_ok() {
+                    return Ok((key, true));
+                }
             }
         }
-        keys.pack(stated.unwrap_or_else(|| self.keys.generation()), pack)
+        Ok((keys.pack(stated.unwrap_or_else(|| self.keys.generation()), pack)?, false))
     }
 
     /// The encoded bytes of the frame at `location`; what is damaged is rebuilt from the pack's parity, if it has any.
     pub fn encoded(&self, location: Location, domain: DomainId) -> Result<(FrameHeader, Vec<u8>), PoolError> {
-        let pack = self.open(location.pack, domain)?;
+        let pack = self.open(location.pack, domain, location.frame())?;
         let frame = location.frame();
         let as_stored = |at: u64, buf: &mut [u8]| pack.file.read_exact_at(at, buf);
         let error = match pack.frame(frame, &as_stored) {
@@ -466,7 +486,7 @@ impl PackReader {
     /// Whether the frame at `location` is there and fits its seal, which covers its header too: proof without decoding.
     /// What only parity can give is not sound: a second rotten sector could take it away.
     pub fn is_sound(&self, location: Location, domain: DomainId) -> bool {
-        self.open(location.pack, domain).is_ok_and(|pack| {
+        self.open(location.pack, domain, location.frame()).is_ok_and(|pack| {
             pack.frame(location.frame(), &|at, buf| pack.file.read_exact_at(at, buf)).is_ok()
         })
     }

@@ -599,6 +599,11 @@ impl Pool {
         Ok(writer)
     }
 
+    /// Refuses if nothing may be written any more, before something is begun that is sealed or handed out.
+    pub(crate) fn check_writer(&self) -> Result<(), PoolError> {
+        self.writer().map(drop)
+    }
+
     fn is_trusted(&self, writer: &Writer) -> Result<(), PoolError> {
         let Some(reason) = &writer.broken else { return Ok(()) };
         Err(PoolError::Io {

@@ -66,9 +66,8 @@ impl Pool {
         kind: RecipientKind,
         keep: &mut dyn FnMut(&Recipient) -> Result<Recipient, PoolError>,
     ) -> Result<RecipientId, PoolError> {
-        if !self.is_writable() {
-            return Err(PoolError::ReadOnly);
-        }
+        // After a rotation that may or may not have happened, a key for the generation before would open nothing later.
+        self.check_writer()?;
         let _changing = self.recipients.lock().unwrap_or_else(PoisonError::into_inner);
         let id = RecipientId(self.world.random_id()?);
         let secret = Secret::from_bytes(random(&self.world, &key_name(id))?);

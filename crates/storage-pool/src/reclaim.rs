@@ -29,6 +29,7 @@ use std::sync::Arc;
 use model::Timestamp;
 
 use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+pub use crate::counts::CountsUse;
 use crate::counts::{self, Counted, Failure};
 pub use crate::deletion::{DeletionService, InProcessDeletion, run_deletion_service};
 use crate::error::PoolError;
@@ -96,20 +97,6 @@ pub struct ReclaimReport {
     pub pool_bytes: u64,
     /// What became of the reference counts.
     pub counts: CountsUse,
-}
-
-/// What became of the reference counts in a reclaim.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub enum CountsUse {
-    /// They followed what came and went since the last reclaim.
-    #[default]
-    Kept,
-    /// They could not be used, for this reason, and were made anew.
-    Anew(String),
-    /// A mark found them wrong: nothing was unlinked, and they were made anew.
-    Wrong(String),
-    /// There was no room for them, this process may not write, or it was asked for: everything was marked instead.
-    Unused,
 }
 
 /// What a reclaim wants to let go of.
@@ -229,7 +216,9 @@ impl Pool {
             let is_again = distrusted.is_some();
             let counted = match self.update_counts(distrusted.take()) {
                 Ok(counted) => counted,
-                Err(PoolError::Full { .. } | PoolError::Reserve { .. }) => return Ok(None),
+                Err(PoolError::Full { .. } | PoolError::Reserve { .. } | PoolError::Exists { .. }) => {
+                    return Ok(None);
+                }
                 Err(error) => return Err(error),
             };
             match self.counted_candidates(&counted) {
@@ -601,12 +590,19 @@ impl Pool {
             let packs = released.iter().flat_map(|id| id.0).collect();
             self.append(Kind::Release, &payload::Packs { packs, bytes: 0, rewritten: 0 })?;
         }
-        if let Some(reason) = wrong {
+        if let Some(found) = wrong {
             // The mark alone decides, but what made it differ is not understood: the next one may let go of the rest.
             report.held_bytes += due.iter().map(|(_, length)| length).sum::<u64>();
-            report.counts = CountsUse::Wrong(reason.clone());
+            let reason = match &found {
+                CountsUse::Wrong(reason) | CountsUse::Anew(reason) => reason.clone(),
+                CountsUse::Kept | CountsUse::Unused => String::new(),
+            };
+            report.counts = found;
             return match self.update_counts(Some(reason)) {
-                Ok(_) | Err(PoolError::Full { .. } | PoolError::Reserve { .. }) => Ok(()),
+                Ok(_)
+                | Err(PoolError::Full { .. } | PoolError::Reserve { .. } | PoolError::Exists { .. }) => {
+                    Ok(())
+                }
                 Err(error) => Err(error),
             };
         }

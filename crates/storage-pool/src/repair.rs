@@ -54,6 +54,10 @@ impl Pool {
     /// Stores again what a pack gives only by its parity, and records the pack, or these frames of it, as damaged. `None` if
     /// there was nothing left to do.
     pub(crate) fn store_again(&self, found: &Repair) -> Result<Option<StoredAgain>, PoolError> {
+        // Its parity gave sectors, and no frame whole: what is damaged of it is recorded as that, and there is nothing to store.
+        if !found.is_whole && found.frames.is_empty() {
+            return Ok(None);
+        }
         let is_done = {
             let state = self.state();
             state.quarantined.contains_key(&found.pack)

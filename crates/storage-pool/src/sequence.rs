@@ -181,7 +181,10 @@ pub(crate) fn fold(
         } else {
             // Only who has a generation's root seals under it; the record of the rotation itself may be damaged.
             state.generation = state.generation.max(header.generation);
-            let applied = state.apply(number, header.epoch, header.time, header.kind, &payload);
+            // Its copy proves itself, the time it states does not: whoever was removed could end every hold with it.
+            let is_older = header.generation < state.generation;
+            let time = if is_older { state.last_time } else { header.time };
+            let applied = state.apply(number, header.epoch, time, header.kind, &payload);
             if follows {
                 applied.err()
             } else {

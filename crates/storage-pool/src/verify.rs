@@ -486,7 +486,10 @@ impl Pool {
         let seal = match generation {
             Some(generation) => keys.pack(generation, id)?,
             // Its header may be what is damaged; a pack that cannot be read at all is damage like any other.
-            None => self.reader.seal_key(id, domain).or_else(|_| keys.pack(self.keys.generation(), id))?,
+            None => self
+                .reader
+                .seal_key(id, domain, places.keys().copied())
+                .or_else(|_| keys.pack(self.keys.generation(), id))?,
         };
         let chunk_kind = match kind {
             PackKind::Blocks => ChunkKind::Block,

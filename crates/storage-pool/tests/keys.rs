@@ -6,9 +6,10 @@ mod rig;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use block_io::BlockDevice;
 use environment::Randomness;
 use environment::simulated::{Failure, SimulatedFiles, When};
-use model::RecoveryPointId;
+use model::{BLOCK_BYTES, RecoveryPointId};
 use prost::Message;
 use rig::{Open, Order, Rig, is_exact, store};
 use storage_pool::format::bundle::{self, BundleHeader, Bundled};
@@ -423,6 +424,10 @@ impl<'r> Removed<'r> {
 
     /// Puts a record behind the last one, in the chain of hashes.
     fn append(&self, generation: u16, kind: Kind, payload: &impl Message) -> u64 {
+        self.append_at(rig::NOW, generation, kind, payload)
+    }
+
+    fn append_at(&self, time: u64, generation: u16, kind: Kind, payload: &impl Message) -> u64 {
         let (head, previous) = self.head();
         let header = RecordHeader {
             kind: kind as u16,
@@ -430,7 +435,7 @@ impl<'r> Removed<'r> {
             pool: self.rig.server.pool,
             number: head + 1,
             epoch: 1,
-            time: rig::NOW,
+            time,
             previous,
             salt: [9; 16],
         };
@@ -512,6 +517,50 @@ impl HeadFor for Ring {
         head[18..20].copy_from_slice(&(entries as u16).to_le_bytes());
         head
     }
+}
+
+/// Copies of damaged records are read whatever generation they are sealed under, because they prove themselves. What else their
+/// record says does not: no time passes by it, so no hold ends (INV-19).
+#[test]
+fn a_removed_recipient_makes_no_time_pass() {
+    let (rig, removed) = rotated();
+    let before = rig.reader().unwrap().state().pool_time;
+    let out = Removed::new(&rig, &removed);
+    let first = rig.files.snapshot().get(&record::name(1)).unwrap().to_vec();
+    let copy = payload::Restored { number: 1, bytes: first };
+    for step in 1..=5 {
+        out.append_at(rig::NOW + step * 3 * 86_400 * 1_000_000, 0, Kind::Restored, &copy);
+    }
+    let pool = rig.reader().unwrap();
+    assert!(pool.state().unreadable.is_empty(), "{:?}", pool.state().unreadable);
+    assert_eq!(pool.state().pool_time, before);
+    drop(pool);
+    // Nor by the next record that the server writes.
+    let pool = rig.writer(1).unwrap();
+    store(&pool, &order(3, Some(2), &[(0, 9)])).unwrap();
+    assert_eq!(pool.state().pool_time, before);
+}
+
+/// The first sector of a pack of an older generation is gone, and with it header and first frame: the other frames are had as
+/// before, and a verify names the one that is lost and no other.
+#[test]
+fn a_pack_of_an_older_generation_survives_the_loss_of_its_first_sector() {
+    let rig = Rig::new(1, Settings::without_safety());
+    let pool = rig.writer(1).unwrap();
+    let content: Vec<(u64, u64)> = (0..5).map(|at| (at, at + 1)).collect();
+    store(&pool, &order(1, None, &content)).unwrap();
+    pool.rotate_keys(&[]).unwrap();
+    drop(pool);
+    let snapshot = rig.files.snapshot();
+    let is_pack = |(name, _): &(&str, &[u8])| name.starts_with("packs/");
+    let (name, bytes) = snapshot.files().filter(is_pack).max_by_key(|(_, bytes)| bytes.len()).unwrap();
+    let mut wrong = bytes.to_vec();
+    wrong[..100].fill(0);
+    rig.files.set_bytes(name, wrong);
+    let pool = rig.reader().unwrap();
+    let disk = pool.open_disk(id(1), 0).unwrap();
+    let had = (0..5).filter(|block| disk.read_at(block * BLOCK_BYTES, &mut [0; 64]).is_ok()).count();
+    assert!((1..5).contains(&had), "{had} of 5 blocks");
 }
 
 /// Whoever was removed and can write to the folder: records, bundles and rings that it makes change nothing (INV-8).

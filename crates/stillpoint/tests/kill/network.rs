@@ -77,6 +77,10 @@ impl Network {
             "0s",
         ]);
         command.args(["--soft-delete", "0s", "--reclaim-hold", "0s", "--data"]).arg(self.folder.join("data"));
+        // The server makes copies only where it is told that it may.
+        let config = self.folder.join("server.toml");
+        fs::write(&config, format!("copy_folders = [{:?}]\n", self.folder.display().to_string())).unwrap();
+        command.arg("--config").arg(config);
         command
             .stdin(Stdio::null())
             .stdout(File::create(&said).unwrap())

@@ -20,3 +20,17 @@ mod update;
 
 pub(crate) use packs::{Counted, contradicts};
 pub(crate) use store::{Failure, examine, superseded};
+
+/// What became of the reference counts in a reclaim.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum CountsUse {
+    /// They followed what came and went since the last reclaim.
+    #[default]
+    Kept,
+    /// They could not be used, for this reason, and were made anew.
+    Anew(String),
+    /// A mark found them wrong: nothing was unlinked, and they were made anew.
+    Wrong(String),
+    /// There was no room for them, this process may not write, or it was asked for: everything was marked instead.
+    Unused,
+}

@@ -16,6 +16,7 @@ use crate::pool::Pool;
 use crate::sorter::{Sorted, Sorter, distinct};
 use crate::state::State;
 
+use super::CountsUse;
 use super::store::{CHANGE, Failure, Packs, Store, row};
 
 /// So many packs that are new are looked at one by one, however few there are.
@@ -340,7 +341,7 @@ pub(crate) fn contradicts(
     counted: &Counted,
     marks: &Marks,
     due: &HashSet<PackId>,
-) -> Result<Option<String>, PoolError> {
+) -> Result<Option<CountsUse>, PoolError> {
     let is_same = marks.roots == counted.store.roots;
     let mut sums = counted.store.sums(None);
     let mut groups = marks.view.groups(&marks.bits)?;
@@ -353,15 +354,16 @@ pub(crate) fn contradicts(
         }
         let count = match sums.of(&id) {
             Ok(count) => count,
-            Err(Failure::Counts(reason)) => return Ok(Some(reason)),
+            // They cannot be read any more: nothing is known against what they said.
+            Err(Failure::Counts(reason)) => return Ok(Some(CountsUse::Anew(reason))),
             Err(Failure::Pool(error)) => return Err(error),
         };
         if (count > 0) != is_needed {
             let needs = if is_needed { "need it" } else { "do not need it" };
             let place = places.first().and_then(pack).map(|(id, _)| id.to_string()).unwrap_or_default();
-            return Ok(Some(format!(
+            return Ok(Some(CountsUse::Wrong(format!(
                 "chunk {id} of pack {place} has a count of {count}, and the points {needs}"
-            )));
+            ))));
         }
     }
     Ok(None)
