@@ -468,14 +468,23 @@ impl Copy {
             }
             for (id, length) in packs {
                 if let Some(found) = there.get(&id) {
-                    let is_right = *found == length && self.is_right(id, length, options.verify)?;
+                    // Of two lengths, the one whose file fits itself in every byte is right.
+                    let whole = options.verify || *found != length;
+                    let is_right = self.is_right(id, *found, whole)?;
                     if options.verify && !course.counts(length) {
                         return Ok(false);
                     }
-                    if is_right {
-                        report.bytes_present += length;
-                    } else {
-                        report.tell(self.differs(&pack::name(id)));
+                    let name = pack::name(id);
+                    match is_right {
+                        true if *found == length => report.bytes_present += length,
+                        true => {
+                            let reason = format!(
+                                "has {length} bytes; its copy has {found}, and fits itself in every byte: keep the copy, and \
+                                 verify the pool"
+                            );
+                            report.tell(damage(self.source.files.display(&name), length.min(*found), reason));
+                        }
+                        false => report.tell(self.differs(&name)),
                     }
                     continue;
                 }

@@ -436,6 +436,28 @@ fn rot_in_the_copy_is_named() {
     }
 }
 
+/// A pack of the source that was cut is the source's damage: nobody is told to remove the whole file, which is the copy's.
+#[test]
+fn a_pack_that_was_cut_at_the_source_is_not_the_copys_damage() {
+    let (rig, ledger) = source();
+    let copy = copy_of(&rig, SimulatedFiles::new(2));
+    run(&rig, &copy).unwrap();
+    for name in packs(&rig.files) {
+        let bytes = rig.files.snapshot().get(&name).unwrap().to_vec();
+        rig.files.set_bytes(&name, bytes[..bytes.len() - 10].to_vec());
+        let report = run(&rig, &copy).unwrap();
+        let told: Vec<String> = report.damage.iter().map(|one| format!("{one:?}")).collect();
+        assert!(told.len() == 1 && told[0].contains(&name) && told[0].contains("keep the copy"), "{told:?}");
+        rig.files.set_bytes(&name, bytes.clone());
+        // The other way round it is the copy's.
+        copy.files.set_bytes(&name, bytes[..bytes.len() - 10].to_vec());
+        let told = run(&rig, &copy).unwrap().damage;
+        assert!(told.len() == 1 && format!("{told:?}").contains("remove this one file"), "{told:?}");
+        copy.files.set_bytes(&name, bytes);
+    }
+    has(&copy, &ledger, "after all");
+}
+
 #[test]
 fn a_full_target_is_said_and_the_next_run_goes_on() {
     let (rig, ledger) = source();
