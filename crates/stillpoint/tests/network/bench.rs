@@ -62,12 +62,20 @@ impl Process {
     pub fn line(&mut self, what: &str, look: impl Fn(&Value) -> bool) -> Value {
         let lines = Arc::clone(&self.lines);
         let name = self.name.clone();
+        let find = || lines.lock().unwrap().iter().find(|line| look(line)).cloned();
         until(&format!("{name}: {what}"), SOON, || {
-            let found = lines.lock().unwrap().iter().find(|line| look(line)).cloned();
-            if found.is_none() && self.child.try_wait().unwrap().is_some() {
-                panic!("{name} ended before {what}: {:#?}", lines.lock().unwrap());
+            if let Some(found) = find() {
+                return Some(found);
             }
-            found
+            if self.child.try_wait().unwrap().is_some() {
+                // Its last words may still be on their way through the pipe.
+                std::thread::sleep(Duration::from_secs(1));
+                return Some(find().unwrap_or_else(|| {
+                    let said = lines.lock().unwrap().clone();
+                    panic!("{name} ended before {what}: {said:#?}")
+                }));
+            }
+            None
         })
     }
 
