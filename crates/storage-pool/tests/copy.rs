@@ -10,27 +10,13 @@ use std::sync::Arc;
 
 use environment::simulated::{Failure, SimulatedFiles, Snapshot, When};
 use model::RecoveryPointId;
-use rig::{Content, Order, Rig, is_exact, store};
+use rig::{Content, Rig, id, is_exact, order, store};
 use storage_pool::copy::{Copy, CopyOptions, CopyReport, plan};
 use storage_pool::reclaim::{InProcessDeletion, ReclaimOptions};
 use storage_pool::verify::Depth;
 use storage_pool::{Damage, Pool, PoolError, Settings};
 
 type Ledger = BTreeMap<RecoveryPointId, Content>;
-
-fn id(n: u8) -> RecoveryPointId {
-    RecoveryPointId([n; 16])
-}
-
-fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
-    Order {
-        id: id(n),
-        datasource: 1,
-        base: base.map(id),
-        blocks: 5,
-        changes: changes.iter().copied().collect(),
-    }
-}
 
 /// A pool of two points that share, and what they hold.
 fn source() -> (Rig, Ledger) {

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use environment::simulated::{Failure, Operation, SimulatedFiles, Snapshot, When};
 use environment::{Randomness, SeededRandomness};
 use model::RecoveryPointId;
-use rig::{Content, Open, Order, Rig, is_exact, store};
+use rig::{Content, Open, Rig, id, is_exact, order, store};
 use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::{Depth, VerifyOptions};
 use storage_pool::{Pool, PoolError, Settings};
@@ -32,20 +32,6 @@ const EVERY: usize = 4096;
 
 fn settings() -> Settings {
     Settings { reclaim_hold: 0, ..Settings::without_safety() }
-}
-
-fn id(n: u8) -> RecoveryPointId {
-    RecoveryPointId([n; 16])
-}
-
-fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
-    Order {
-        id: id(n),
-        datasource: 1,
-        base: base.map(id),
-        blocks: 5,
-        changes: changes.iter().copied().collect(),
-    }
 }
 
 struct Prepared {

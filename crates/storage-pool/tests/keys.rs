@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, OnceLock};
 use block_io::BlockDevice;
 use environment::Randomness;
 use environment::simulated::{Failure, SimulatedFiles, When};
-use model::{BLOCK_BYTES, RecoveryPointId};
+use model::BLOCK_BYTES;
 use prost::Message;
-use rig::{Open, Order, Rig, is_exact, store};
+use rig::{Open, Rig, id, is_exact, order, store};
 use storage_pool::format::bundle::{self, BundleHeader, Bundled};
 use storage_pool::format::key::KeyFile;
 use storage_pool::format::payload::{self, Kind};
@@ -24,20 +24,6 @@ use storage_pool::recipients::RecipientKind;
 use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::Depth;
 use storage_pool::{Access, Damage, Pool, PoolError, Settings, World};
-
-fn id(n: u8) -> RecoveryPointId {
-    RecoveryPointId([n; 16])
-}
-
-fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
-    Order {
-        id: id(n),
-        datasource: 1,
-        base: base.map(id),
-        blocks: 5,
-        changes: changes.iter().copied().collect(),
-    }
-}
 
 fn add_kit(pool: &Pool) -> Recipient {
     let mut kit = None;

@@ -81,6 +81,22 @@ pub struct Order {
     pub changes: Content,
 }
 
+/// The point that tests call `n`.
+pub fn id(n: u8) -> RecoveryPointId {
+    RecoveryPointId([n; 16])
+}
+
+/// Point `n` of the one machine that most tests have: five blocks.
+pub fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
+    Order {
+        id: id(n),
+        datasource: 1,
+        base: base.map(id),
+        blocks: 5,
+        changes: changes.iter().copied().collect(),
+    }
+}
+
 /// A job that is under way: one change at a time.
 pub struct Open {
     pub order: Order,
