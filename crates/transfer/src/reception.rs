@@ -18,6 +18,7 @@
 //! - A block is stored only after its bytes were hashed by the server or by the hasher in this process. (must)
 //! - A full pass announces every block of every disk exactly once. (must: a gap would keep old bytes)
 //! - After a find of the audit nothing finishes without a full pass. (must: INV-22)
+//! - A message's effect is whole before anything is said about it. (must: a link may break at any word)
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -612,18 +613,20 @@ impl<'a> Reception<'a> {
                 touched.push(waiting);
             }
         }
+        touched.sort_unstable();
+        touched.dedup();
+        // The state first and the words after it: where the link breaks between two words, the next hello tells all.
+        let is_whole = |open: &BTreeMap<u64, OpenBatch>, batch: &u64| {
+            open.get(batch).is_some_and(|open| open.missing == 0)
+        };
+        touched.retain(|batch| is_whole(&self.open, batch) && self.open.remove(batch).is_some());
         for (batch, indexes) in again {
             let Some(open) = self.open.get(&batch) else { continue };
             let bits = (0..open.blocks.len()).map(|index| indexes.contains(&(index as u16))).collect();
             link.send(ToAgent::Wanted { batch, blocks: Bitmap::new(bits) })?;
         }
-        touched.sort_unstable();
-        touched.dedup();
         for batch in touched {
-            if self.open.get(&batch).is_some_and(|open| open.missing == 0) {
-                self.open.remove(&batch);
-                link.send(ToAgent::Received { batch })?;
-            }
+            link.send(ToAgent::Received { batch })?;
         }
         Ok(())
     }

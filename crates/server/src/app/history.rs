@@ -459,7 +459,7 @@ fn record_path(folder: &Path, number: u64) -> PathBuf {
 /// Readers' copies of a catalog, in the system's temporary folder: recognised by name, alive while its lock is held.
 const COPY_PREFIX: &str = "stillpoint-catalog-";
 const COPY_LOCK: &str = "in-use";
-/// A copy without a lock file is just being made, or was killed right then.
+/// A copy whose lock file has not got its name yet is just being made, or was killed right then.
 const COPY_BEGINS: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// A reader's copy of the database. It goes with the reader; what a killed one leaves, the next one removes.
@@ -471,8 +471,11 @@ struct Copy {
 impl Copy {
     fn of(catalog: &Path) -> std::io::Result<Copy> {
         let folder = tempfile::Builder::new().prefix(COPY_PREFIX).tempdir()?;
-        let lock = std::fs::File::create_new(folder.path().join(COPY_LOCK))?;
+        // Locked before it has the name by which others look: an unlocked one is a dead one.
+        let unnamed = folder.path().join("locking");
+        let lock = std::fs::File::create_new(&unnamed)?;
         lock.try_lock().map_err(std::io::Error::from)?;
+        std::fs::rename(&unnamed, folder.path().join(COPY_LOCK))?;
         sweep_copies(folder.path());
         for entry in std::fs::read_dir(catalog)? {
             let entry = entry?;

@@ -325,6 +325,73 @@ fn a_cut_a_repeat_or_a_swap_at_any_message_gives_the_same_point() {
     }
 }
 
+/// A link that takes so many words, of which none arrives, and then is cut; what the other end sent arrives.
+struct FewWords {
+    below: Box<dyn Link<ToAgent, ToServer>>,
+    left: AtomicU64,
+}
+
+impl Link<ToAgent, ToServer> for FewWords {
+    fn send(&self, message: ToAgent) -> Result<(), LinkError> {
+        let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        left.map(drop).map_err(|_| LinkError::Cut(format!("before {message:?}")))
+    }
+
+    fn receive(&self) -> Result<ToServer, LinkError> {
+        self.below.receive()
+    }
+
+    fn close(&self, why: LinkError) {
+        self.below.close(why);
+    }
+}
+
+#[test]
+fn a_frame_that_completes_several_batches_does_so_though_the_link_breaks_between_the_words() {
+    let block = NumberedDisk::block(1, 1);
+    let hash = hash_block(&block);
+    let hello = |next| ToServer::Hello { next, disks: vec![4 * BLOCK_BYTES] };
+    // Content that a batch waits for is on its way for the one before.
+    let script = || {
+        let say = |n| ToServer::Announce {
+            batch: n,
+            disk: 0,
+            audited: false,
+            runs: vec![Run::Data { first: n, hashes: vec![hash] }],
+        };
+        let payload = Payload::unproved(Codec::Plain, block.clone().into(), 1);
+        [hello(0), say(0), say(1), say(2), ToServer::Frame { batch: 0, indexes: vec![0], payload }]
+    };
+    for forgetful in [false, true] {
+        for words in 0..8 {
+            let mut store = MemoryStore { forgetful, ..MemoryStore::default() };
+            let disk = ExpectedDisk {
+                size: 4 * BLOCK_BYTES,
+                mode: ExpectedMode::Extents { required: RangeSet::new() },
+            };
+            let mut reception = Reception::new(&mut store, vec![disk], &Silent, Steer::new());
+            let (near, far) = pair::<ToServer, ToAgent>(100);
+            script().into_iter().for_each(|message| near.send(message).unwrap());
+            near.close(LinkError::Cut("the agent goes".to_owned()));
+            let far = FewWords { below: Box::new(far), left: AtomicU64::new(words) };
+            assert_eq!(reception.serve(Arc::new(far)).unwrap(), Served::Cut);
+
+            let (near, far) = pair::<ToServer, ToAgent>(100);
+            near.send(hello(3)).unwrap();
+            near.send(ToServer::FullBegins { batch: u64::MAX, reason: String::new() }).unwrap();
+            reception.serve(Arc::new(far)).unwrap();
+            let Ok(ToAgent::Resume { next, open, .. }) = near.receive() else { panic!("no answer") };
+            let mut asked = Vec::new();
+            while let Ok(ToAgent::Wanted { batch, blocks }) = near.receive() {
+                asked.extend((blocks.ones().count() > 0).then_some(batch));
+            }
+            // One that is open is asked for, or waits for one that is.
+            let waits = open.first().is_some_and(|first| asked.contains(first));
+            assert!(open.is_empty() || waits, "{words} words: open {open:?} of {next}, asked for {asked:?}");
+        }
+    }
+}
+
 #[test]
 fn many_faults_in_one_transfer_give_the_same_point() {
     let mut reconnects = 0;
