@@ -425,7 +425,8 @@ async fn recover_disk(room: &Room<'_>, args: &RecoverDiskArgs) -> Result<ExitSta
     let limit =
         args.limit.as_deref().map(|text| read::rate(text, output.zone(), output.now())).transpose()?;
     let typed = room.typed_point(&args.point)?;
-    let mut query = format!("?datasource={}", coded(name));
+    // What only this point uses is not shown here.
+    let mut query = format!("?datasource={}&count=false", coded(name));
     if let Some(least) = args.min_consistency {
         query.push_str(&format!("&min_consistency={}", least.word()));
     }

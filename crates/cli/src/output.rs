@@ -128,18 +128,21 @@ impl Output {
                 *width = (*width).max(cell.chars().count());
             }
         }
-        let line = |cells: &mut dyn Iterator<Item = &str>| {
-            let mut text = String::new();
+        // All of it at once: standard output writes each line by itself otherwise.
+        let mut text = String::new();
+        let mut line = |cells: &mut dyn Iterator<Item = &str>| {
             for (cell, width) in cells.zip(&widths) {
                 text.push_str(cell);
                 text.extend(std::iter::repeat_n(' ', (width + 2).saturating_sub(cell.chars().count())));
             }
-            self.raw(text.trim_end());
+            text.truncate(text.trim_end_matches(' ').len());
+            text.push('\n');
         };
         line(&mut headings.iter().copied());
         for row in rows {
             line(&mut row.iter().map(String::as_str));
         }
+        self.raw(text.strip_suffix('\n').unwrap_or(&text));
     }
 
     /// A time with its offset from UTC.

@@ -384,7 +384,8 @@ fn what_destroys_needs_yes() {
 #[test]
 fn recovery_resolves_first_and_says_what_it_takes() {
     let done = json!({"job": job("recover-disk", "succeeded")});
-    let resolved = "GET /recovery-points/@2026-11-22T08%3A00%3A00Z?datasource=web&min_consistency=crash";
+    let resolved =
+        "GET /recovery-points/@2026-11-22T08%3A00%3A00Z?datasource=web&count=false&min_consistency=crash";
     let ran = ran(
         "--standalone d recover disk web --point @2026-11-22T10:00 --disk 0 --to /t.vhdx --min-consistency crash",
         &[(resolved, 200, point("verified")), ("POST /datasources/web/recover-disk", 202, done)],

@@ -33,6 +33,9 @@ pub trait ReadFile: Send + Sync {
     /// These bytes are not wanted again soon: whoever reads everything once must not push out of memory what others read
     /// often. A hint, which may do nothing.
     fn drop_cached(&self, _offset: u64, _length: u64) {}
+    /// These bytes will be read soon: storage may begin with it, so that whoever reads scattered pieces waits for one of
+    /// them and not for each. A hint, which may do nothing.
+    fn will_read(&self, _offset: u64, _length: u64) {}
 }
 
 /// A file being written that has no name yet. Dropping it leaves nothing behind.
@@ -56,6 +59,11 @@ pub trait Files: Send + Sync {
     fn open(&self, name: &str) -> io::Result<Box<dyn ReadFile>>;
     /// What a folder holds, in order of name. A missing folder is `NotFound`.
     fn list(&self, folder: &str) -> io::Result<Vec<Entry>>;
+    /// Only the names of what a folder holds, in order: asks for nothing about each of them. A missing folder is
+    /// `NotFound`.
+    fn names(&self, folder: &str) -> io::Result<Vec<String>> {
+        Ok(self.list(folder)?.into_iter().map(|entry| entry.name).collect())
+    }
     /// Makes a folder and those above it, durable; fine if it exists. Of one that existed, success does not prove that
     /// its name lasts: the sync of an earlier call may have failed, and later ones then bring nothing back (INV-5).
     fn make_folder(&self, folder: &str) -> io::Result<()>;
@@ -140,6 +148,15 @@ impl ReadFile for File {
         #[cfg(target_os = "linux")]
         if let Some(length) = std::num::NonZeroU64::new(length) {
             let _ = rustix::fs::fadvise(self, offset, Some(length), rustix::fs::Advice::DontNeed);
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (offset, length);
+    }
+
+    fn will_read(&self, offset: u64, length: u64) {
+        #[cfg(target_os = "linux")]
+        if let Some(length) = std::num::NonZeroU64::new(length) {
+            let _ = rustix::fs::fadvise(self, offset, Some(length), rustix::fs::Advice::WillNeed);
         }
         #[cfg(not(target_os = "linux"))]
         let _ = (offset, length);
@@ -311,6 +328,15 @@ impl Files for FolderFiles {
         }
         entries.sort();
         Ok(entries)
+    }
+
+    fn names(&self, folder: &str) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(self.path(folder))? {
+            names.extend(entry?.file_name().into_string());
+        }
+        names.sort();
+        Ok(names)
     }
 
     fn make_folder(&self, folder: &str) -> io::Result<()> {

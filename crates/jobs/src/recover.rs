@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use block_io::{BlockDevice, ByteRange, DeviceError, Pace};
 use model::{Code, Consistency, PointState, Problem, RangeSet};
-use storage_pool::state::Point;
+use storage_pool::state::{Point, State};
 use storage_pool::{PointDevice, Pool};
 use transfer::{BlockHash, Delivered, Delivery, DeliverySettings, Figures, LinkError, PointDisk, Progress};
 
@@ -49,9 +49,13 @@ pub struct Recovered {
 
 /// The state of a point as people see it.
 pub fn state_of(pool: &Pool, point: &Point, is_damaged: bool) -> PointState {
-    let state = pool.state();
+    state_in(&pool.state(), pool.settings().soft_delete, point, is_damaged)
+}
+
+/// The same for a pool that says `state` and keeps soft-deleted points for `soft_delete` seconds.
+pub fn state_in(state: &State, soft_delete: u64, point: &Point, is_damaged: bool) -> PointState {
     match point {
-        point if state.is_expired(point, pool.settings().soft_delete) => PointState::Expired,
+        point if state.is_expired(point, soft_delete) => PointState::Expired,
         point if point.deleted.is_some() => PointState::SoftDeleted,
         _ if is_damaged => PointState::Damaged,
         point if point.suspect.is_some() => PointState::Suspect,
@@ -205,5 +209,9 @@ impl BlockDevice for PoolDisk {
 impl PointDisk for PoolDisk {
     fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError> {
         Ok(self.0.read_hashed(first, buf)?.into_iter().map(BlockHash).collect())
+    }
+
+    fn will_read(&self, blocks: std::ops::Range<u64>) {
+        self.0.will_read(blocks);
     }
 }

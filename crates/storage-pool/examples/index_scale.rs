@@ -153,7 +153,7 @@ fn main() {
     }
 
     let (begin, cpu_begin) = (Instant::now(), cpu());
-    let mut index = Index::open(files.clone(), &keys, &|_| false).unwrap();
+    let mut index = Index::open(files.clone(), &keys, 0, &|_| false).unwrap();
     let packs = chunks.div_ceil(pack_chunks);
     let mut written = 0u64;
     let mut waiting = 0;
@@ -219,7 +219,7 @@ fn main() {
     assert_eq!(Index::witnessed_by_ends(&*files, &keys).unwrap(), 1);
     let ends_seconds = ends_begin.elapsed().as_secs_f64();
     let open_begin = Instant::now();
-    let index = Index::open(files.clone(), &keys, &|_| false).unwrap();
+    let index = Index::open(files.clone(), &keys, 0, &|_| false).unwrap();
     let open_seconds = open_begin.elapsed().as_secs_f64();
     let per_chunk = |bytes: u64| bytes as f64 / chunks as f64;
     println!(

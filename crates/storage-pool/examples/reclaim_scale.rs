@@ -137,7 +137,7 @@ fn make(dir: &Path, chunks: u64, pack_chunks: u64) {
     // The first 32 bytes that were drawn at once are the root key.
     let root = drawn.0.lock().unwrap().iter().find(|bytes| bytes.len() == 32).unwrap().clone();
     let keys = Keys::new(id, Secret::from_bytes(root.try_into().unwrap()));
-    let mut index = Index::open(files.clone(), &keys, &|_| false).unwrap();
+    let mut index = Index::open(files.clone(), &keys, 0, &|_| false).unwrap();
     let packs = chunks.div_ceil(pack_chunks);
     let mut waiting = 0;
     for n in 0..packs {

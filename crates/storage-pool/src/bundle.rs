@@ -61,14 +61,14 @@ pub(crate) struct Bundles {
 
 /// Spans of all bundles that are there.
 pub(crate) fn list(files: &dyn Files) -> Result<Vec<Span>, PoolError> {
-    let entries = match files.list("index") {
-        Ok(entries) => entries,
+    let names = match files.names("index") {
+        Ok(names) => names,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
     };
-    let mut spans: Vec<Span> = entries
+    let mut spans: Vec<Span> = names
         .iter()
-        .filter_map(|entry| bundle::span(&entry.name))
+        .filter_map(|name| bundle::span(name))
         .map(|(first, last)| Span { first, last })
         .collect();
     spans.sort_unstable();
@@ -131,36 +131,19 @@ fn open_with_generation(files: &dyn Files, keys: &Keys, span: Span) -> Result<(V
 /// Believed is only what is sealed under the newest generation that can be reached: a recipient that was removed could still
 /// make a bundle of an older one that leaves its removal out.
 pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError> {
-    let all = list(files)?;
-    let mut found = Bundles::default();
-    loop {
-        let next = found.state.head + 1;
-        let mut candidates: Vec<Span> = all.iter().copied().filter(|span| span.first == next).collect();
-        candidates.sort_unstable_by_key(|span| std::cmp::Reverse(span.last));
-        let mut taken = false;
-        for span in candidates {
-            match apply(files, keys, span, &found.state) {
-                Ok(Some((state, hash))) => {
-                    (found.state, found.hash) = (state, hash);
-                    found.spans.push(span);
-                    taken = true;
-                    break;
-                }
-                Ok(None) => {}
-                // The deletion service removed it after the listing: a longer one is there.
-                Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => found.damage.push(Damage::File {
-                    path: files.display(&span.name()),
-                    offset: 0,
-                    reason: error.to_string(),
-                    derived: true,
-                }),
+    let mut spans = list(files)?;
+    let mut refused = Vec::new();
+    let mut found = loop {
+        match chain(files, keys, &spans) {
+            Ok(found) => break found,
+            // It was taken half: begin again without it. A state of its own for each bundle would cost more than all reading.
+            Err((wrong, error)) => {
+                spans.retain(|span| *span != wrong);
+                refused.push(damage_of(files, wrong, &error));
             }
         }
-        if !taken {
-            break;
-        }
-    }
+    };
+    found.damage.append(&mut refused);
     // A sequence that was put back from another copy has other records under these numbers.
     if let Some(last) = found.spans.last().map(|span| span.last) {
         let is_same =
@@ -171,6 +154,39 @@ pub(crate) fn load(files: &dyn Files, keys: &Keys) -> Result<Bundles, PoolError>
         }
     }
     Ok(found)
+}
+
+fn damage_of(files: &dyn Files, span: Span, error: &PoolError) -> Damage {
+    Damage::File { path: files.display(&span.name()), offset: 0, reason: error.to_string(), derived: true }
+}
+
+/// State from the bundles `all`, or the one that cannot be taken although it can be read.
+fn chain(files: &dyn Files, keys: &Keys, all: &[Span]) -> Result<Bundles, (Span, PoolError)> {
+    let mut found = Bundles::default();
+    loop {
+        let next = found.state.head + 1;
+        let mut candidates: Vec<Span> = all.iter().copied().filter(|span| span.first == next).collect();
+        candidates.sort_unstable_by_key(|span| std::cmp::Reverse(span.last));
+        let mut is_taken = false;
+        for span in candidates {
+            match open_with_generation(files, keys, span) {
+                Ok((_, generation)) if generation != keys.newest() => {}
+                Ok((content, _)) => {
+                    found.hash =
+                        apply(files, span, &content, &mut found.state).map_err(|error| (span, error))?;
+                    found.spans.push(span);
+                    is_taken = true;
+                    break;
+                }
+                // The deletion service removed it after the listing: a longer one is there.
+                Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => found.damage.push(damage_of(files, span, &error)),
+            }
+        }
+        if !is_taken {
+            return Ok(found);
+        }
+    }
 }
 
 /// What the sequence says, by its bundles (section 5.1) and the records after them.
@@ -207,20 +223,10 @@ pub(crate) fn load_bundled(
     Ok((sequence::load(files, keys)?, Vec::new(), bundles.damage))
 }
 
-/// State after a bundle, and the hash of its last record's file; none if it is of another generation than the newest.
-fn apply(
-    files: &dyn Files,
-    keys: &Keys,
-    span: Span,
-    before: &State,
-) -> Result<Option<(State, [u8; 32])>, PoolError> {
-    let (content, generation) = open_with_generation(files, keys, span)?;
-    if generation != keys.newest() {
-        return Ok(None);
-    }
-    let mut state = before.clone();
+/// Takes a bundle's opened content into `state`; gives the hash of its last record's file.
+fn apply(files: &dyn Files, span: Span, content: &[u8], state: &mut State) -> Result<[u8; 32], PoolError> {
     let mut number = span.first;
-    let (_, hash) = bundle::records(&content, span.count(), |record| {
+    let (_, hash) = bundle::records(content, span.count(), |record| {
         state
             .apply(number, record.epoch, record.time, record.kind, record.payload)
             .map_err(|reason| FormatError::at(0, format!("record {number}: {reason}")))?;
@@ -229,7 +235,7 @@ fn apply(
     })
     .map_err(|error| error.in_file(files.display(&span.name())))?;
     (state.head, state.head_hash) = (span.last, hash);
-    Ok(Some((state, hash)))
+    Ok(hash)
 }
 
 /// Damage of every bundle that is there, also of those that a longer one has made needless.
@@ -243,12 +249,7 @@ pub(crate) fn examine(files: &dyn Files, keys: &Keys) -> Result<Vec<Damage>, Poo
             Err(PoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
             Err(error) => Some(error),
         };
-        damage.extend(wrong.map(|error| Damage::File {
-            path: files.display(&span.name()),
-            offset: 0,
-            reason: error.to_string(),
-            derived: true,
-        }));
+        damage.extend(wrong.map(|error| damage_of(files, span, &error)));
     }
     Ok(damage)
 }

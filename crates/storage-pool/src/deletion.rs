@@ -55,8 +55,8 @@ pub fn run_deletion_service(
     if runs.is_empty() {
         return Ok(());
     }
-    let permitted = state.permitted;
-    let index = crate::index::Index::open(world.files.clone(), &keys, &|pack| permitted.contains_key(&pack))?;
+    let gone = |pack| state.permitted.contains_key(&pack);
+    let index = crate::index::Index::open(world.files.clone(), &keys, state.generation, &gone)?;
     let superseded = index.superseded();
     for number in runs.iter().filter(|number| superseded.contains(number)) {
         let name = run::name(*number);

@@ -16,7 +16,7 @@ use crate::keys::DomainKeys;
 use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
 use crate::packs::PackWriter;
 use crate::pass::Pass;
-use crate::pool::{Pool, PoolNodes};
+use crate::pool::{Pool, PoolNodes, Proof};
 use crate::state::{self, Point, PointDisk, State};
 
 /// Nodes put into one frame.
@@ -232,9 +232,13 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
         if !shared.pass.pin_healthy(place) {
             continue;
         }
-        if shared.pool.reader.is_sound(place, shared.keys.domain) {
-            shared.inner().proved.insert(key);
-            return Ok(true);
+        match shared.pool.proof(place, id) {
+            Some(Proof::Frame) => {
+                shared.inner().proved.insert(key);
+                return Ok(true);
+            }
+            Some(Proof::Chunk) => return Ok(true),
+            None => {}
         }
         let record = crate::format::payload::Damage {
             pack: place.pack.0.to_vec(),

@@ -235,12 +235,16 @@ fn open_frame(
 const CACHED_FRAMES: usize = 48;
 /// Frames of a damaged pack that are asked of which key generation it is.
 const PROBES: usize = 64;
-/// Pack files kept open by a reader.
-const OPEN_PACKS: usize = 64;
+/// Bytes at the end of a pack of which storage is told before it is opened: most tables are shorter.
+const TABLE_GUESS: u64 = 32 << 10;
+/// Pack files kept open by a reader: a point that grew over a season lies in a hundred, and each opening proves a frame.
+const OPEN_PACKS: usize = 256;
 
 struct OpenPack {
     file: Box<dyn ReadFile>,
     key: SealKey,
+    /// Of the key; of a pack of which no frame has proved it, the one that it claims.
+    generation: u16,
     path: String,
     /// Read when a frame is damaged.
     parity: OnceLock<Parity>,
@@ -355,8 +359,8 @@ impl PackReader {
         let name = pack::name(pack);
         let path = self.files.display(&name);
         let file = self.files.open(&name).map_err(|source| PoolError::io(path.clone(), "open", source))?;
-        let (key, is_proved) = self.key_of(&*file, pack, domain, [frame])?;
-        let opened = Arc::new(OpenPack { file, key, path, parity: OnceLock::new() });
+        let (key, generation, is_proved) = self.key_of(&*file, pack, domain, [frame])?;
+        let opened = Arc::new(OpenPack { file, key, generation, path, parity: OnceLock::new() });
         // Of what no frame has proved, the next frame is asked again.
         if is_proved {
             self.open.lock().unwrap_or_else(PoisonError::into_inner).put(pack, opened.clone());
@@ -379,18 +383,18 @@ impl PackReader {
 
     /// Key of a pack. Its header says of which generation; a header that is damaged or names none that is known does not
     /// keep the frames of the pack from being read, as they stand for themselves: the first one tells, or one of `frames`, as
-    /// the first may lie in what is damaged too. The second value says whether one did.
+    /// the first may lie in what is damaged too. Also gives the key's generation, and whether a frame proved it.
     fn key_of(
         &self,
         file: &dyn ReadFile,
         pack: PackId,
         domain: DomainId,
         frames: impl IntoIterator<Item = u32>,
-    ) -> Result<(SealKey, bool), PoolError> {
+    ) -> Result<(SealKey, u16, bool), PoolError> {
         let keys = self.keys.domain(domain);
         let generations: Vec<u16> = self.keys.roots().into_keys().collect();
         if let [only] = generations[..] {
-            return Ok((keys.pack(only, pack)?, true));
+            return Ok((keys.pack(only, pack)?, only, true));
         }
         let header = |read: &ReadAt<'_>| {
             let mut raw = [0u8; HEADER];
@@ -410,11 +414,12 @@ impl PackReader {
             for generation in stated.iter().chain(generations.iter().rev()) {
                 let key = keys.pack(*generation, pack)?;
                 if open_frame(&key, frame, read).is_ok() {
-                    return Ok((key, true));
+                    return Ok((key, *generation, true));
                 }
             }
         }
-        Ok((keys.pack(stated.unwrap_or_else(|| self.keys.generation()), pack)?, false))
+        let claimed = stated.unwrap_or_else(|| self.keys.generation());
+        Ok((keys.pack(claimed, pack)?, claimed, false))
     }
 
     /// The encoded bytes of the frame at `location`; what is damaged is rebuilt from the pack's parity, if it has any.
@@ -483,12 +488,30 @@ impl PackReader {
         Ok(decoded)
     }
 
-    /// Whether the frame at `location` is there and fits its seal, which covers its header too: proof without decoding.
-    /// What only parity can give is not sound: a second rotten sector could take it away.
-    pub fn is_sound(&self, location: Location, domain: DomainId) -> bool {
-        self.open(location.pack, domain, location.frame()).is_ok_and(|pack| {
-            pack.frame(location.frame(), &|at, buf| pack.file.read_exact_at(at, buf)).is_ok()
-        })
+    /// Tells storage that a pack will be opened: its header is read then, and its table, which stands at its end.
+    pub fn will_open(&self, pack: PackId) {
+        if self.open.lock().unwrap_or_else(PoisonError::into_inner).get(&pack).is_some() {
+            return;
+        }
+        let Ok(file) = self.files.open(&pack::name(pack)) else { return };
+        let Ok(length) = file.len() else { return };
+        file.will_read(0, HEADER as u64);
+        file.will_read(length.saturating_sub(TABLE_GUESS), TABLE_GUESS);
+    }
+
+    /// Tells storage that these bytes of a pack will be read. A pack that cannot be opened is told to whoever reads it.
+    pub fn will_read(&self, pack: PackId, domain: DomainId, bytes: std::ops::Range<u32>) {
+        if let Ok(pack) = self.open(pack, domain, bytes.start) {
+            pack.file.will_read(u64::from(bytes.start), u64::from(bytes.end - bytes.start));
+        }
+    }
+
+    /// The key generation under which the frame at `location` is sealed, if it is there and fits its seal, which covers its
+    /// header too: proof without decoding. What only parity can give is none: a second rotten sector could take it away.
+    pub fn sealed_under(&self, location: Location, domain: DomainId) -> Option<u16> {
+        let pack = self.open(location.pack, domain, location.frame()).ok()?;
+        pack.frame(location.frame(), &|at, buf| pack.file.read_exact_at(at, buf)).ok()?;
+        Some(pack.generation)
     }
 
     /// Whether the frame at `location` can be had, if need be by its parity.

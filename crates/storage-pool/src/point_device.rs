@@ -88,6 +88,13 @@ impl PointDevice {
     }
 }
 
+impl PointDevice {
+    /// These blocks will be read soon. A hint, which costs a look into map and index for each of them.
+    pub fn will_read(&self, blocks: std::ops::Range<u64>) {
+        self.pool.will_read(&self.keys, blocks.filter_map(|block| self.map.get(block).ok().flatten()));
+    }
+}
+
 impl BlockDevice for PointDevice {
     fn size(&self) -> u64 {
         self.size

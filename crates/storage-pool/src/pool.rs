@@ -18,7 +18,7 @@ use crate::format::pack::PackKind;
 use crate::format::parity;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
-use crate::index::{Index, Tables};
+use crate::index::{Build, Index, Tables};
 use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
@@ -165,6 +165,17 @@ const FOLDER_DRAWS: usize = 4096;
 
 /// How often a reader looks again when a writer went on beside it.
 const LOOKS: usize = 4;
+/// Bytes of a frame in a pack that storage is told of: its length stands in its header only, and most are shorter.
+const FRAME_GUESS: u32 = 96 << 10;
+
+/// What proves that a chunk can be counted on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// The seal of its frame, and so of all that is in it.
+    Frame,
+    /// Its own content.
+    Chunk,
+}
 
 /// A pool that was just created, and who can open it.
 pub struct Created {
@@ -304,7 +315,7 @@ impl Pool {
         for _ in 0..LOOKS {
             let (witnessed, is_sound) = if lock.is_some() {
                 let gone = |pack| state.permitted.contains_key(&pack);
-                let opened = index.insert(Index::open(world.files.clone(), &keys, &gone)?);
+                let opened = index.insert(Index::open(world.files.clone(), &keys, state.generation, &gone)?);
                 (opened.witnessed(), opened.damage().is_empty())
             } else {
                 (Index::witnessed_by_ends(&*world.files, &keys)?, true)
@@ -409,6 +420,11 @@ impl Pool {
         self.notes.iter().chain(&self.open_index().damage).cloned().collect()
     }
 
+    /// The same without opening the index for it, whose cost follows the pool.
+    pub fn notes_at_hand(&self) -> Vec<Damage> {
+        if self.is_index_open() { self.notes() } else { self.notes.clone() }
+    }
+
     /// The pool's id.
     pub fn id(&self) -> PoolId {
         self.keys.pool()
@@ -446,11 +462,13 @@ impl Pool {
 
     fn open_index(&self) -> &OpenIndex {
         self.index.get_or_init(|| {
-            let mut permitted = self.state().permitted.clone();
-            let mut head = self.state().head;
+            let (mut permitted, mut head, mut generation) = {
+                let state = self.state();
+                (state.permitted.clone(), state.head, state.generation)
+            };
             for _ in 0..LOOKS {
                 let gone = |pack| permitted.contains_key(&pack);
-                let opened = match Index::open(self.world.files.clone(), &self.keys, &gone) {
+                let opened = match Index::open(self.world.files.clone(), &self.keys, generation, &gone) {
                     Ok(index) if !index.damage().is_empty() => index,
                     Ok(index) => return index.into(),
                     Err(error) => return Index::closed(self.world.files.clone(), &self.keys, error).into(),
@@ -460,7 +478,7 @@ impl Pool {
                 let _ = self.learn_rings();
                 match bundle::load_bundled(&*self.world.files, &self.keys) {
                     Ok((fresh, ..)) if fresh.head != head => {
-                        (head, permitted) = (fresh.head, fresh.permitted)
+                        (head, permitted, generation) = (fresh.head, fresh.permitted, fresh.generation)
                     }
                     _ => return opened.into(),
                 }
@@ -468,6 +486,10 @@ impl Pool {
             let error = PoolError::Busy { path: self.world.path("index") };
             Index::closed(self.world.files.clone(), &self.keys, error).into()
         })
+    }
+
+    pub(crate) fn is_index_open(&self) -> bool {
+        self.index.get().is_some()
     }
 
     pub(crate) fn index(&self) -> RwLockReadGuard<'_, Index> {
@@ -640,7 +662,7 @@ impl Pool {
             }
             let folder = crate::format::pack::folder(id);
             let failed = |action, source| PoolError::io(self.world.path(&folder), action, source);
-            match self.world.files.list(&folder) {
+            match self.world.files.names(&folder) {
                 Ok(_) if !self.had_packs(id.0[0]) => continue,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -732,11 +754,22 @@ impl Pool {
     }
 
     fn write_without(&self, is_gone: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
+        self.write_runs(&|index, head| index.due_rewrite(head, &|pack| !is_gone(pack)))
+    }
+
+    /// Writes all runs again under the key generation of now: those of an older one are not believed at the next opening,
+    /// and then every pack's table is read.
+    pub(crate) fn renew_index(&self) -> Result<(), PoolError> {
+        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_runs(&|index, head| index.renewed(head))
+    }
+
+    fn write_runs(&self, due: &dyn Fn(&Index, u64) -> Option<Build>) -> Result<(), PoolError> {
         self.change_runs(|index, head| index.flush(head))?;
         loop {
             let head = self.state().head;
-            let build = self.index().due_rewrite(head, &|pack| !is_gone(pack));
-            match build.map(crate::index::Build::write) {
+            let build = due(&self.index(), head);
+            match build.map(Build::write) {
                 None => return Ok(()),
                 Some(Ok(built)) => {
                     self.index_mut().install(built);
@@ -1017,6 +1050,29 @@ impl Pool {
         self.read_as(keys, kind, id, true, out)
     }
 
+    /// Tells storage which frames will be read for these blocks, so that it begins with all of them. A hint: what is wrong
+    /// is found by whoever reads.
+    pub(crate) fn will_read(&self, keys: &DomainKeys, ids: impl Iterator<Item = ChunkId>) {
+        let places = ids.filter_map(|id| {
+            let held = self.tables().find(&id);
+            held.or_else(|| self.find(&id).ok()?.first().copied())
+        });
+        let mut frames: Vec<(PackId, u32)> = places.map(|place| (place.pack, place.frame())).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        // All of them first: storage brings them side by side.
+        let packs = frames.chunk_by(|one, next| one.0 == next.0).filter_map(|frames| Some(frames.first()?.0));
+        packs.for_each(|pack| self.reader.will_open(pack));
+        let is_joined =
+            |one: &(PackId, u32), next: &(PackId, u32)| one.0 == next.0 && next.1 - one.1 <= FRAME_GUESS;
+        for run in frames.chunk_by(is_joined) {
+            if let (Some(&(pack, first)), Some(&(_, last))) = (run.first(), run.last()) {
+                self.reader.will_read(pack, keys.domain, first..last.saturating_add(FRAME_GUESS));
+                self.meet(pack);
+            }
+        }
+    }
+
     fn read_as(
         &self,
         keys: &DomainKeys,
@@ -1065,6 +1121,21 @@ impl Pool {
         Err(PoolError::ChunkLost { chunk: id.to_string(), reason: reasons.join("; ") })
     }
 
+    /// What proves now that the chunk at `place` can be counted on, if anything does. The seal of its frame is enough, except
+    /// where a recipient that was removed since could have made it.
+    pub(crate) fn proof(&self, place: Location, id: &ChunkId) -> Option<Proof> {
+        let info = self.index().packs().get(&place.pack).copied()?;
+        if self.reader.sealed_under(place, info.domain)? >= self.keys.generation() {
+            return Some(Proof::Frame);
+        }
+        let kind = match info.kind {
+            PackKind::Blocks => ChunkKind::Block,
+            PackKind::Nodes => ChunkKind::Node,
+        };
+        let read = self.try_place(&self.domain_keys(info.domain), kind, id, place, true, &mut |_, _| {});
+        read.is_ok().then_some(Proof::Chunk)
+    }
+
     /// Whether the file of a pack is not there any more.
     fn is_gone(&self, pack: PackId) -> bool {
         let opened = self.world.files.open(&crate::format::pack::name(pack));
@@ -1086,9 +1157,9 @@ impl Pool {
     fn look_again(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
         if !self.is_writable() {
             self.learn_rings()?;
-            let permitted = bundle::load_bundled(&*self.world.files, &self.keys)?.0.permitted;
-            let gone = |pack| permitted.contains_key(&pack);
-            let fresh = Index::open(self.world.files.clone(), &self.keys, &gone)?;
+            let state = bundle::load_bundled(&*self.world.files, &self.keys)?.0;
+            let gone = |pack| state.permitted.contains_key(&pack);
+            let fresh = Index::open(self.world.files.clone(), &self.keys, state.generation, &gone)?;
             *self.index_mut() = fresh;
         }
         self.find(id)

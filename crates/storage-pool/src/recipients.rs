@@ -182,7 +182,11 @@ impl Pool {
         self.forget_bundles();
         // The rotation is done; a second record says so, in case that the first rots while it is the last one.
         let _ = self.tick();
-        Ok(generation)
+        // Without these the next opening reads the tables of all packs: slower, not wrong.
+        match self.renew_index() {
+            Ok(()) | Err(PoolError::Full { .. }) => Ok(generation),
+            Err(error) => Err(error),
+        }
     }
 
     /// Learns the rings that came since this pool was opened.

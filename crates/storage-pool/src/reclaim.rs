@@ -39,7 +39,7 @@ use crate::frame;
 use crate::index::{FinishedPack, PackInfo, View, ViewPlace};
 use crate::mark::Marks;
 use crate::packs::{self, PackWriter};
-use crate::pool::Pool;
+use crate::pool::{Pool, Proof};
 use crate::sorter::{Sorted, Sorter, distinct};
 use crate::state::State;
 
@@ -643,10 +643,9 @@ impl Pool {
         };
         let has_sound_copy = |id: &ChunkId| -> Result<bool, PoolError> {
             Ok(self.find(id)?.into_iter().any(|place| {
-                let domain = self.index().packs().get(&place.pack).map(|info| info.domain);
                 !due.contains(&place.pack)
                     && self.state().is_healthy(place.pack, place.frame())
-                    && domain.is_some_and(|domain| self.reader.is_sound(place, domain))
+                    && self.proof(place, id).is_some()
             }))
         };
         let mut needed = vec![false; view.packs.len()];
@@ -679,27 +678,27 @@ impl Pool {
         }
         let others = others.finish();
         let mut others = others.read();
-        let mut last: Option<(PackId, u32, bool)> = None;
+        let mut last: Option<(PackId, u32)> = None;
         while let Some(record) = others.next()? {
             let number =
                 |at: usize| u32::from_be_bytes([record[at], record[at + 1], record[at + 2], record[at + 3]]);
             let Some(needed) = needed.get_mut(number(8) as usize).filter(|needed| !**needed) else {
                 continue;
             };
-            let Some((place, info)) = location(&ViewPlace { pack: number(0), at: number(4) }) else {
+            let Some((place, _)) = location(&ViewPlace { pack: number(0), at: number(4) }) else {
                 continue;
             };
-            let is_sound = match last {
-                Some((pack, frame, is_sound)) if (pack, frame) == (place.pack, place.frame()) => is_sound,
-                _ => self.reader.is_sound(place, info.domain),
-            };
-            last = Some((place.pack, place.frame(), is_sound));
-            if is_sound {
+            if last == Some((place.pack, place.frame())) {
                 continue;
             }
             let mut id = ChunkId([0; 16]);
             id.0.copy_from_slice(&record[12..]);
-            *needed = !has_sound_copy(&id)?;
+            match self.proof(place, &id) {
+                // All that is in the frame.
+                Some(Proof::Frame) => last = Some((place.pack, place.frame())),
+                Some(Proof::Chunk) => {}
+                None => *needed = !has_sound_copy(&id)?,
+            }
         }
         let packs = view.packs.iter().zip(needed);
         Ok(packs.filter(|(_, needed)| *needed).map(|((id, _), _)| *id).collect())

@@ -174,10 +174,9 @@ impl Pool {
     ) -> Result<bool, PoolError> {
         for chunk in chunks {
             let is_there = self.find(chunk)?.into_iter().any(|place| {
-                let domain = self.index().packs().get(&place.pack).map(|info| info.domain);
                 place.pack != id
                     && self.state().is_healthy(place.pack, place.frame())
-                    && domain.is_some_and(|domain| self.reader.is_sound(place, domain))
+                    && self.proof(place, chunk).is_some()
             });
             if !is_there {
                 return Ok(false);

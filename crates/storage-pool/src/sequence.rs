@@ -64,9 +64,9 @@ fn open_bytes(keys: &Keys, number: u64, bytes: &[u8]) -> Result<Opened, Closed> 
 
 /// Numbers of the records that are there.
 pub(crate) fn numbers(files: &dyn Files) -> Result<BTreeSet<u64>, PoolError> {
-    let entries =
-        files.list("sequence").map_err(|source| PoolError::io(files.display("sequence"), "list", source))?;
-    Ok(entries.iter().filter_map(|entry| record::number(&entry.name)).collect())
+    let names =
+        files.names("sequence").map_err(|source| PoolError::io(files.display("sequence"), "list", source))?;
+    Ok(names.iter().filter_map(|name| record::number(name)).collect())
 }
 
 /// Header and payload of record `number` in `bytes`, or why it is none.

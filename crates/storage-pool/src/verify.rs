@@ -669,6 +669,12 @@ impl Pool {
             || index.packs().values().any(|info| !info.present)
     }
 
+    /// The same without opening the index for it, whose cost follows the pool: until something else has opened it, packs
+    /// that nobody has missed yet are not missed.
+    pub fn has_known_damage_at_hand(&self) -> bool {
+        !self.state().damaged.is_empty() || self.is_index_open() && self.has_known_damage()
+    }
+
     /// Blocks of a map that cannot be used for a new point: their chunk, or a node above them, is damaged or missing.
     /// Looks at the recorded damage and the index; reads the map only if there is any damage at all.
     pub fn lost_blocks(

@@ -8,22 +8,24 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use block_io::BlockDevice;
 use environment::Randomness;
-use environment::simulated::{Failure, SimulatedFiles, When};
+use environment::simulated::{Failure, SimulatedFiles, Snapshot, When};
 use model::BLOCK_BYTES;
 use prost::Message;
 use rig::{Open, Rig, id, is_exact, order, store};
 use storage_pool::format::bundle::{self, BundleHeader, Bundled};
 use storage_pool::format::key::KeyFile;
+use storage_pool::format::pack::{self, PackHeader};
 use storage_pool::format::payload::{self, Kind};
 use storage_pool::format::record::{self, RecordHeader};
 use storage_pool::format::ring::{self, Ring, RingEntry};
+use storage_pool::format::run::{self, PagesOf, RunPack, RunWriter};
 use storage_pool::format::twin;
 use storage_pool::keys::{Keys, RecipientKey, Secret, TAG, wrap_key};
 use storage_pool::kit::{Recipient, RecipientId};
 use storage_pool::recipients::RecipientKind;
 use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::verify::Depth;
-use storage_pool::{Access, Damage, Pool, PoolError, Settings, World};
+use storage_pool::{Access, Damage, Ingest, Pool, PoolError, Settings, World};
 
 fn add_kit(pool: &Pool) -> Recipient {
     let mut kit = None;
@@ -491,6 +493,42 @@ impl<'r> Removed<'r> {
         }
         self.keys.insert(generation, root);
     }
+
+    /// A run that takes the place of all others and says of every pack that it holds nothing.
+    fn run(&self) {
+        let snapshot = self.rig.files.snapshot();
+        let (mut packs, mut superseded) = (Vec::new(), Vec::new());
+        for (name, bytes) in snapshot.files() {
+            if let Some(("index", file)) = name.rsplit_once('/') {
+                superseded.extend(run::number(file));
+            } else if name.starts_with("packs/") {
+                let PackHeader { pack, domain, kind, .. } =
+                    PackHeader::decode(&bytes[..pack::HEADER]).unwrap();
+                packs.push(RunPack { pack, domain, kind, length: bytes.len() as u64 });
+            }
+        }
+        packs.sort_by_key(|pack| pack.pack);
+        let (pool, number) = (self.rig.server.pool, superseded.iter().max().unwrap() + 1);
+        let key = self.keys(0).run(0, number).unwrap();
+        let mut writer = RunWriter::new(PagesOf::Places, key, 0, pool, number);
+        writer.finish(&packs, &superseded, 1, &[]);
+        let mut bytes = Vec::new();
+        writer.take(|ready| std::io::Write::write_all(&mut bytes, ready)).unwrap();
+        self.rig.files.set_bytes(&run::name(number), bytes);
+    }
+}
+
+/// A pack whose block has the id of content `says` and holds content `holds`: made in a copy of the pool as it was before the
+/// removal, and put into `rig`, its run not.
+fn forged_pack(rig: &Rig, before: &Snapshot, (says, holds): (u64, u64)) {
+    let old = rig.on(SimulatedFiles::from_snapshot(77, before));
+    let pool = old.writer(1).unwrap();
+    let ingest = Ingest::begin(&pool, pool.default_domain().unwrap()).unwrap();
+    ingest.put_blocks(true, &rig::block(holds).encoded, &[rig::block(says).hash]).unwrap();
+    ingest.settle().unwrap();
+    let after = old.files.snapshot();
+    let made = after.files().filter(|(name, _)| name.starts_with("packs/") && before.get(name).is_none());
+    assert_eq!(made.map(|(name, bytes)| rig.files.set_bytes(name, bytes.to_vec())).count(), 1);
 }
 
 trait HeadFor {
@@ -626,6 +664,85 @@ fn the_same_from_somebody_who_was_not_removed_is_believed() {
     let other = rig.on(SimulatedFiles::from_snapshot(2, &before));
     Removed::new(&other, &rig.kit).bundle(0);
     assert!(other.reader().unwrap().state().points.is_empty());
+}
+
+/// What a removed recipient says of the packs decides neither what is freed nor what a backup leaves out (INV-8, INV-9).
+#[test]
+fn a_removed_recipient_makes_no_run_and_no_pack_that_counts() {
+    let begin = || {
+        let rig = Rig::new(1, Settings::without_safety());
+        let empty = rig.files.snapshot();
+        let pool = rig.writer(1).unwrap();
+        store(&pool, &order(1, None, &FIRST)).unwrap();
+        let other = add_kit(&pool);
+        (rig, pool, other, empty)
+    };
+    let reclaimed = |rig: &Rig| {
+        let pool = rig.writer(1).unwrap();
+        for _ in 0..4 {
+            pool.reclaim(ReclaimOptions::default(), &rig.deletion()).unwrap();
+            pool.tick().unwrap();
+        }
+    };
+
+    let (rig, pool, other, _) = begin();
+    assert_eq!(pool.rotate_keys(&[other.id]).unwrap(), 1);
+    drop(pool);
+    Removed::new(&rig, &other).run();
+    assert_eq!(can_have(&rig.reader().unwrap(), 1, &FIRST), Some(true), "a run beside a reader");
+    reclaimed(&rig);
+    assert_eq!(can_have(&rig.reader().unwrap(), 1, &FIRST), Some(true), "a run before a reclaim");
+
+    // Of a block that a backup brings, and of one that a point needs.
+    for says in [8, 1] {
+        let (rig, pool, other, empty) = begin();
+        assert_eq!(pool.rotate_keys(&[other.id]).unwrap(), 1);
+        drop(pool);
+        forged_pack(&rig, &empty, (says, 9));
+        let pool = rig.writer(1).unwrap();
+        store(&pool, &order(2, None, &[(0, says), (3, 5)])).unwrap();
+        drop(pool);
+        for told in ["before a reclaim", "after it"] {
+            let pool = rig.reader().unwrap();
+            assert_eq!(can_have(&pool, 1, &FIRST), Some(true), "content {says}, {told}");
+            assert_eq!(can_have(&pool, 2, &[(0, says), (3, 5)]), Some(true), "content {says}, {told}");
+            drop(pool);
+            reclaimed(&rig);
+        }
+    }
+}
+
+/// The forgeries of the test above are believed where nobody was removed.
+#[test]
+fn the_same_run_and_pack_count_where_nobody_was_removed() {
+    let rig = Rig::new(1, Settings::without_safety());
+    let pool = rig.writer(1).unwrap();
+    store(&pool, &order(1, None, &FIRST)).unwrap();
+    drop(pool);
+    let before = rig.files.snapshot();
+    forged_pack(&rig, &before, (8, 9));
+    store(&rig.writer(1).unwrap(), &order(2, None, &[(0, 8)])).unwrap();
+    assert_eq!(can_have(&rig.reader().unwrap(), 2, &[(0, 8)]), Some(false));
+    Removed::new(&rig, &rig.kit).run();
+    assert_eq!(can_have(&rig.reader().unwrap(), 1, &FIRST), Some(false));
+}
+
+/// The index is written again with the rotation: the opening after it reads no tables of packs.
+#[test]
+fn the_runs_of_a_rotated_pool_are_of_its_generation() {
+    let (rig, _) = rotated();
+    let runs = |rig: &Rig| {
+        let snapshot = rig.files.snapshot();
+        let runs = snapshot.files().filter(|(name, _)| name.ends_with(".run"));
+        runs.map(|(_, bytes)| {
+            run::generation(PagesOf::Places, bytes[..run::HEADER].try_into().unwrap()).unwrap()
+        })
+        .collect::<Vec<_>>()
+    };
+    assert!(runs(&rig).contains(&1), "{:?}", runs(&rig));
+    let pool = rig.writer(1).unwrap();
+    pool.reclaim(ReclaimOptions::default(), &rig.deletion()).unwrap();
+    assert!(runs(&rig).iter().all(|generation| *generation == 1), "{:?}", runs(&rig));
 }
 
 /// A reader that is open while a writer rotates, and a reclaim moves what it reads into packs under the new root.

@@ -13,8 +13,9 @@
 //! Damaged blocks fail the delivery, or, where damage is accepted, are left as zeros and listed exactly.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use block_io::{BlockDevice, DeviceError, Pace};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
@@ -151,6 +152,8 @@ pub trait PointDisk: BlockDevice {
     /// Fills `buf` with whole blocks from block `first` on and gives the hash of each, computed by this process from these very
     /// bytes: a store that proves what it reads has it already. The tail of the disk is padded with zeros.
     fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError>;
+    /// These blocks will be read soon. A hint, which may do nothing.
+    fn will_read(&self, _blocks: Range<u64>) {}
 }
 
 /// What the reader hands over, ascending and without a gap.
@@ -633,6 +636,18 @@ fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>
     }
 }
 
+/// Data of which storage is told before it is read, at most: what a point got in many increments lies scattered, and a storage
+/// that is asked for one piece after the other answers each after its latency.
+const TOLD_AHEAD: u64 = (16 << 20) / BLOCK_BYTES;
+
+/// What comes next, of which storage has been told.
+#[derive(Default)]
+struct Ahead {
+    /// Blocks, and whether they may hold data.
+    pieces: VecDeque<(Range<u64>, bool)>,
+    data: u64,
+}
+
 struct PointReader<'s> {
     point: &'s dyn PointDisk,
     budget: &'s Arc<Budget>,
@@ -664,47 +679,75 @@ impl PointReader<'_> {
 
     fn read_from(&self, from: u64) -> Result<(), ReadStop> {
         let end = blocks_of(self.point.size());
-        let at = AtomicU64::new(from);
+        let mut at = from;
+        let mut ahead = Ahead::default();
         loop {
-            let start = at.load(Ordering::Relaxed);
+            let start = at;
             let result = walk(self.point, start..end, |run, data| {
-                at.store(run.end, Ordering::Relaxed);
-                if data {
-                    return self.data(run.start, run.end);
-                }
-                self.send(Queued::Now(Read::Zeros { first: run.start, blocks: run.end - run.start }))
+                at = run.end;
+                self.tell(&mut ahead, run, data)
             });
             match result {
                 // Where even the map of holes is damaged: read on block by block, all of it counts as data.
                 Err(ReadStop::Device(DeviceError::Damaged { .. })) if start < end => {
-                    let begin = at.load(Ordering::Relaxed);
-                    let stop = (begin + READ_BLOCKS).min(end);
-                    self.data(begin, stop)?;
-                    at.store(stop, Ordering::Relaxed);
+                    let stop = (at + READ_BLOCKS).min(end);
+                    self.tell(&mut ahead, at..stop, true)?;
+                    at = stop;
                 }
-                other => return other,
+                Ok(()) => at = end,
+                Err(stop) => {
+                    self.catch_up(&mut ahead, 0)?;
+                    return Err(stop);
+                }
             }
-            if at.load(Ordering::Relaxed) >= end {
-                return Ok(());
+            if at >= end {
+                return self.catch_up(&mut ahead, 0);
             }
         }
+    }
+
+    /// Tells storage of `blocks` and puts them behind what is told already; reads what is far enough in front.
+    fn tell(&self, ahead: &mut Ahead, blocks: Range<u64>, data: bool) -> Result<(), ReadStop> {
+        if !data {
+            ahead.pieces.push_back((blocks, false));
+            return Ok(());
+        }
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let end = ((at / READ_BLOCKS + 1) * READ_BLOCKS).min(blocks.end);
+            self.point.will_read(at..end);
+            ahead.pieces.push_back((at..end, true));
+            ahead.data += end - at;
+            self.catch_up(ahead, TOLD_AHEAD)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Reads until no more than `left` blocks of data are ahead, and what keeps the reading threads busy.
+    fn catch_up(&self, ahead: &mut Ahead, left: u64) -> Result<(), ReadStop> {
+        while left == 0 || ahead.data > left || self.tasks.is_empty() {
+            let Some((blocks, data)) = ahead.pieces.pop_front() else { break };
+            if data {
+                ahead.data -= blocks.end - blocks.start;
+                self.data(blocks)?;
+            } else {
+                let blocks = Read::Zeros { first: blocks.start, blocks: blocks.end - blocks.start };
+                self.send(Queued::Now(blocks))?;
+            }
+        }
+        Ok(())
     }
 
     fn send(&self, item: Queued) -> Result<(), ReadStop> {
         self.queue.send(item).map_err(|_| ReadStop::Gone)
     }
 
-    fn data(&self, from: u64, to: u64) -> Result<(), ReadStop> {
-        let mut at = from;
-        while at < to {
-            let end = ((at / READ_BLOCKS + 1) * READ_BLOCKS).min(to);
-            let count = end - at;
-            let permit = self.budget.take(count * BLOCK_BYTES, self.stop).ok_or(ReadStop::Gone)?;
-            let (reply, answer) = bounded(1);
-            self.tasks.send(Task { first: at, count, reply }).map_err(|_| ReadStop::Gone)?;
-            self.send(Queued::Later { first: at, count, permit, reply: answer })?;
-            at = end;
-        }
-        Ok(())
+    fn data(&self, blocks: Range<u64>) -> Result<(), ReadStop> {
+        let (first, count) = (blocks.start, blocks.end - blocks.start);
+        let permit = self.budget.take(count * BLOCK_BYTES, self.stop).ok_or(ReadStop::Gone)?;
+        let (reply, answer) = bounded(1);
+        self.tasks.send(Task { first, count, reply }).map_err(|_| ReadStop::Gone)?;
+        self.send(Queued::Later { first, count, permit, reply: answer })
     }
 }

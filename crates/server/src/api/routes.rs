@@ -338,6 +338,8 @@ struct PointQuery {
     /// Refuse a point of less consistency.
     #[param(value_type = Option<String>)]
     min_consistency: Option<Consistency>,
+    /// Whether to count what only this point uses, which looks at the maps of all: yes if absent.
+    count: Option<bool>,
 }
 
 /// Show a recovery point.
@@ -350,7 +352,10 @@ async fn recovery_point(
     Query(q): Query<PointQuery>,
 ) -> Answer<RecoveryPoint> {
     allowed
-        .ask(move |service, _| service.recovery_point(&point, q.datasource.as_deref(), q.min_consistency))
+        .ask(move |service, _| {
+            let is_counted = q.count.unwrap_or(true);
+            service.recovery_point(&point, q.datasource.as_deref(), q.min_consistency, is_counted)
+        })
         .await
         .map(Json)
 }

@@ -109,12 +109,14 @@ pub trait Service: Send + Sync + 'static {
         datasource: Option<&str>,
         page: &PageQuery,
     ) -> Result<Page<RecoveryPoint>, Problem>;
-    /// One point. `point` is an id, a unique prefix, and with a datasource also `latest` or `@TIME`.
+    /// One point. `point` is an id, a unique prefix, and with a datasource also `latest` or `@TIME`. What only it uses is told
+    /// if `is_counted`.
     fn recovery_point(
         &self,
         point: &str,
         datasource: Option<&str>,
         min_consistency: Option<Consistency>,
+        is_counted: bool,
     ) -> Result<RecoveryPoint, Problem>;
     /// What differs between two points of one datasource, from their maps.
     fn diff(&self, a: &str, b: &str) -> Result<PointDiff, Problem>;

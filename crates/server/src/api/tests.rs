@@ -92,6 +92,7 @@ impl Service for Fake {
         _: &str,
         _: Option<&str>,
         _: Option<Consistency>,
+        _: bool,
     ) -> Result<RecoveryPoint, Problem> {
         nothing()
     }

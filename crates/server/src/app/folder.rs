@@ -170,7 +170,8 @@ impl DataFolder {
             }
         }
         let mut damage: Vec<Damage> = secret_damage.into_iter().collect();
-        damage.extend(pool.notes().iter().cloned());
+        // Whoever writes has the index open; a reader hears of its damage from what reads it.
+        damage.extend(pool.notes_at_hand());
         Ok(Opened { pool: Arc::new(pool), recipient, created_kit: None, damage })
     }
 

@@ -1,6 +1,7 @@
 //! Recovery points for people: states, names, differences.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::PoisonError;
 
 use model::{BLOCK_BYTES, Code, Consistency, DatasourceId, PointState, Problem, RecoveryPointId, Timestamp};
@@ -14,7 +15,8 @@ use crate::api::names::{self, NamedPoint};
 /// Stored bytes that only one point uses, by point.
 pub(crate) type UniqueBytes = std::collections::HashMap<RecoveryPointId, u64>;
 
-/// Lists of a pool with more points do not count what is unique to each; showing one point does.
+/// Lists of a pool with more points neither count what is unique to each nor look whether all packs are there, unless
+/// the index is open anyway: the cost of both follows the pool. What uses or shows one point does both.
 pub(crate) const MOST_COUNTED: usize = 1000;
 
 impl App {
@@ -33,12 +35,14 @@ impl App {
         }
     }
 
-    /// Points of which something cannot be had. Walks maps only where damage is known, and once for each head.
+    /// Points of which something cannot be had.
     pub(crate) fn damaged_points(&self) -> BTreeSet<RecoveryPointId> {
+        if self.pool().has_known_damage() { self.walk_for_damage() } else { BTreeSet::new() }
+    }
+
+    /// Walks the maps, once for each head.
+    fn walk_for_damage(&self) -> BTreeSet<RecoveryPointId> {
         let pool = self.pool();
-        if !pool.has_known_damage() {
-            return BTreeSet::new();
-        }
         let head = pool.state().head;
         let mut known = self.damaged.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, points)) = &*known
@@ -63,24 +67,47 @@ impl App {
         points
     }
 
+    /// Whether lists count and look at everything.
+    pub(crate) fn is_counted(&self) -> bool {
+        self.pool().state().points.len() <= MOST_COUNTED
+    }
+
+    /// Some of what [`App::points_of`] gives, for a list: those at the places `some` of it. Also how many there are.
+    pub(crate) fn listed_points(
+        &self,
+        datasource: Option<DatasourceId>,
+        some: Range<usize>,
+    ) -> (Vec<(Point, PointState)>, usize) {
+        let is_at_hand = self.is_counted() || self.pool().has_known_damage_at_hand();
+        let damaged = if is_at_hand { self.damaged_points() } else { BTreeSet::new() };
+        self.with_states(datasource, &damaged, some)
+    }
+
     /// Points of a machine, or of all, with their states, oldest first. Expired ones are left out.
     pub(crate) fn points_of(&self, datasource: Option<DatasourceId>) -> Vec<(Point, PointState)> {
-        let damaged = self.damaged_points();
-        let points: Vec<Point> = self
-            .pool()
-            .state()
-            .in_order()
-            .filter(|point| datasource.is_none_or(|datasource| point.datasource == datasource))
-            .cloned()
-            .collect();
-        points
-            .into_iter()
-            .map(|point| {
-                let state = jobs::recover::state_of(self.pool(), &point, damaged.contains(&point.id));
-                (point, state)
-            })
-            .filter(|(_, state)| *state != PointState::Expired)
-            .collect()
+        self.with_states(datasource, &self.damaged_points(), 0..usize::MAX).0
+    }
+
+    fn with_states(
+        &self,
+        datasource: Option<DatasourceId>,
+        damaged: &BTreeSet<RecoveryPointId>,
+        some: Range<usize>,
+    ) -> (Vec<(Point, PointState)>, usize) {
+        let soft_delete = self.pool().settings().soft_delete;
+        let state = self.pool().state();
+        let (mut points, mut total) = (Vec::new(), 0);
+        for point in state.in_order().filter(|point| datasource.is_none_or(|it| point.datasource == it)) {
+            let is = jobs::recover::state_in(&state, soft_delete, point, damaged.contains(&point.id));
+            if is == PointState::Expired {
+                continue;
+            }
+            if some.contains(&total) {
+                points.push((point.clone(), is));
+            }
+            total += 1;
+        }
+        (points, total)
     }
 
     /// The point that was typed.

@@ -1,5 +1,6 @@
 //! The API's questions, answered.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,17 +22,26 @@ pub struct AppService(pub Arc<App>);
 
 /// A page of a list; `after` is the place of the next item.
 fn page<T>(items: Vec<T>, query: &PageQuery) -> Result<Page<T>, Problem> {
+    let (places, total) = (places(query)?, items.len());
+    let items = items.into_iter().skip(places.start).take(places.len()).collect();
+    Ok(page_of(items, places.start, total))
+}
+
+/// The places of a list's items that are asked for.
+fn places(query: &PageQuery) -> Result<Range<usize>, Problem> {
     let from: usize = match &query.after {
         None => 0,
         Some(text) => text
             .parse()
             .map_err(|_| Problem::new(Code::Usage, format!("{text:?} is not the `next` of a page.")))?,
     };
-    let total = items.len();
-    let limit = query.items() as usize;
-    let items: Vec<T> = items.into_iter().skip(from).take(limit).collect();
+    Ok(from..from.saturating_add(query.items() as usize))
+}
+
+/// The page of `items`, which begin at place `from` of a list of `total`.
+fn page_of<T>(items: Vec<T>, from: usize, total: usize) -> Page<T> {
     let end = from.saturating_add(items.len());
-    Ok(Page { next: (end < total && !items.is_empty()).then(|| end.to_string()), items })
+    Page { next: (end < total && !items.is_empty()).then(|| end.to_string()), items }
 }
 
 impl AppService {
@@ -197,19 +207,14 @@ impl Service for AppService {
     ) -> Result<Page<RecoveryPoint>, Problem> {
         let app = self.app();
         let datasource = datasource.map(|text| app.find_datasource(text)).transpose()?;
-        let all = app.points_of(datasource.map(|datasource| datasource.id));
-        // What is unique to a point takes a look at the maps of all: a list of thousands does without.
-        let counted = app.pool().state().points.len() <= super::points::MOST_COUNTED;
-        let some = page(all, query)?;
-        let unique = if counted { app.unique_bytes() } else { super::points::UniqueBytes::new() };
-        Ok(Page {
-            items: some
-                .items
-                .iter()
-                .map(|(point, state)| app.api_point(point, *state, unique.get(&point.id).copied()))
-                .collect(),
-            next: some.next,
-        })
+        let places = places(query)?;
+        let (some, total) = app.listed_points(datasource.map(|datasource| datasource.id), places.clone());
+        let unique = if app.is_counted() { app.unique_bytes() } else { super::points::UniqueBytes::new() };
+        let items = some
+            .iter()
+            .map(|(point, state)| app.api_point(point, *state, unique.get(&point.id).copied()))
+            .collect();
+        Ok(page_of(items, places.start, total))
     }
 
     fn recovery_point(
@@ -217,11 +222,12 @@ impl Service for AppService {
         point: &str,
         datasource: Option<&str>,
         min_consistency: Option<Consistency>,
+        is_counted: bool,
     ) -> Result<RecoveryPoint, Problem> {
         let app = self.app();
         let datasource = datasource.map(|text| app.find_datasource(text)).transpose()?;
         let (point, state) = app.find_point(point, datasource.as_ref(), min_consistency)?;
-        let unique = app.unique_bytes().get(&point.id).copied();
+        let unique = if is_counted { app.unique_bytes().get(&point.id).copied() } else { None };
         Ok(app.api_point(&point, state, unique))
     }
 

@@ -89,9 +89,13 @@ impl Index {
     /// a permit allows to be missing; they are left out.
     ///
     /// Damage of runs is no error: what they said is read from the packs. Damage of packs is noted.
+    ///
+    /// Runs of an older key generation than `generation` are not believed, and replaced by the next one: who was removed when
+    /// that one began can make them, and what they say decides what a backup need not send and what is freed.
     pub fn open(
         files: Arc<dyn Files>,
         keys: &Keys,
+        generation: u16,
         gone: &dyn Fn(PackId) -> bool,
     ) -> Result<Index, PoolError> {
         let list = |folder: &str| match files.list(folder) {
@@ -102,12 +106,16 @@ impl Index {
         let mut index = Index::empty(files.clone(), keys);
         // Runs before packs: a run names only packs that were there before it.
         let mut runs = Vec::new();
-        let mut unreadable = Vec::new();
+        let (mut unreadable, mut older) = (Vec::new(), Vec::new());
         for entry in list("index")? {
             let Some(number) = run::number(&entry.name) else { continue };
             match Run::open(&*files, keys, number) {
                 Ok(run) => {
                     index.next_number.fetch_max(number.saturating_add(1), Ordering::SeqCst);
+                    if run.generation < generation {
+                        older.push(number);
+                        continue;
+                    }
                     index.witnessed = index.witnessed.max(run.head.ends.witnessed);
                     index.superseded.extend(&run.head.superseded);
                     runs.push(run);
@@ -129,6 +137,8 @@ impl Index {
                 derived: true,
             });
         }
+        let superseded = &index.superseded;
+        index.damaged_runs.extend(older.into_iter().filter(|number| !superseded.contains(number)));
         for run in runs {
             if index.superseded.contains(&run.number()) {
                 continue;
@@ -585,6 +595,13 @@ impl Index {
         }
         let superseded = touched.iter().map(|run| run.number()).chain(self.replaceable()).collect();
         Some(Build { superseded, ..self.build(head, &touched, false, keep) })
+    }
+
+    /// All runs as one, under the key generation of now; none if there is none. What is loose must have been flushed.
+    pub fn renewed(&self, head: u64) -> Option<Build> {
+        let superseded = self.runs.iter().map(|run| run.number()).chain(self.replaceable()).collect();
+        (!self.runs.is_empty())
+            .then(|| Build { superseded, ..self.build(head, &self.runs, false, &|_| true) })
     }
 
     /// Forgets packs that have a permit.

@@ -19,6 +19,8 @@ const TOGETHER: u64 = 32;
 /// A run. Its fences and packs are in memory from the start; a partition's filter from the first look into it.
 pub(crate) struct Run {
     pub head: RunHead,
+    /// Key generation of its file.
+    pub generation: u16,
     key: [u8; 32],
     file: Box<dyn ReadFile>,
     pub path: String,
@@ -30,6 +32,7 @@ pub(crate) struct Run {
 /// Header and trailer of a run, and the file they are of.
 pub(super) struct Ends {
     pub ends: RunEnds,
+    generation: u16,
     key: [u8; 32],
     file: Box<dyn ReadFile>,
     path: String,
@@ -62,12 +65,13 @@ impl Ends {
         let mut trailer = [0u8; TRAILER];
         file.read_exact_at(0, &mut header).map_err(io)?;
         file.read_exact_at(at, &mut trailer).map_err(io)?;
-        let key = key(run::generation(of, &header).map_err(format)?)?;
+        let generation = run::generation(of, &header).map_err(format)?;
+        let key = key(generation)?;
         let ends = RunEnds::decode(of, &key, &header, &trailer, length).map_err(format)?;
         if ends.pool != pool || ends.number != number {
             return Err(format(FormatError::at(16, format!("is run {} of pool {}", ends.number, ends.pool))));
         }
-        Ok(Ends { ends, key, file, path })
+        Ok(Ends { ends, generation, key, file, path })
     }
 }
 
@@ -83,14 +87,14 @@ impl Run {
         Run::of_ends(Ends::read_as(PagesOf::Counts, files, &key, keys.pool(), number, &name)?)
     }
 
-    fn of_ends(Ends { ends, key, file, path }: Ends) -> Result<Run, PoolError> {
+    fn of_ends(Ends { ends, generation, key, file, path }: Ends) -> Result<Run, PoolError> {
         let (at, length) = ends.tail();
         let mut bytes = vec![0u8; length as usize];
         file.read_exact_at(at, &mut bytes).map_err(|source| PoolError::io(path.clone(), "read", source))?;
         let head = RunHead::decode(&key, ends, &bytes).map_err(|error| error.in_file(path.clone()))?;
         let starts: Vec<u64> = head.fences.iter().step_by(PARTITION_PAGES as usize).copied().collect();
         let filters = starts.iter().map(|_| OnceLock::new()).collect();
-        Ok(Run { head, key, file, path, starts, filters })
+        Ok(Run { head, generation, key, file, path, starts, filters })
     }
 
     pub fn number(&self) -> u64 {

@@ -46,7 +46,7 @@ fn table(n: u32, chunks: std::ops::Range<u64>) -> FinishedPack {
 }
 
 fn index(files: &Arc<SimulatedFiles>) -> Index {
-    Index::open(files.clone(), &keys(), &|_| false).unwrap()
+    Index::open(files.clone(), &keys(), 0, &|_| false).unwrap()
 }
 
 /// Merges as long as something is due.

@@ -321,12 +321,16 @@ fn rotated() -> Made {
     let removed = add_kit(&making);
     making.rig.writer(1).unwrap().rotate_keys(&[removed.id]).unwrap();
     making.put(2, 1, Some(1), 4, &[(1, 3), (2, 4)]);
+    let runs = making.files("index/");
     let pool = making.rig.writer(1).unwrap();
     assert_eq!(pool.rotate_keys(&[]).unwrap(), 2);
     drop(pool);
-    // As if the cut had come before the records of that rotation.
+    // As if the cut had come before the records of that rotation, and so before the run after them.
     let mut snapshot = making.rig.files.snapshot();
     for name in making.files("sequence/").iter().rev().take(2) {
+        snapshot.remove(name);
+    }
+    for name in making.files("index/").iter().filter(|name| !runs.contains(name)) {
         snapshot.remove(name);
     }
     making.rig.files = SimulatedFiles::from_snapshot(golden::SEED, &snapshot);
@@ -350,6 +354,7 @@ fn late_kit() -> Made {
     making.rig.kit = add_kit(&making);
     making.rig.writer(1).unwrap().rotate_keys(&[]).unwrap();
     making.put(3, 1, Some(2), 4, &[(2, 4)]);
+    making.tidy();
     making.done()
 }
 
