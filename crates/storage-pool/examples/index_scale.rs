@@ -216,7 +216,7 @@ fn main() {
     drop(index);
 
     let ends_begin = Instant::now();
-    assert_eq!(Index::witnessed_by_ends(&*files, &keys).unwrap(), 1);
+    assert_eq!(Index::witnessed_by_ends(&*files, &keys, 0).unwrap(), 1);
     let ends_seconds = ends_begin.elapsed().as_secs_f64();
     let open_begin = Instant::now();
     let index = Index::open(files.clone(), &keys, 0, &|_| false).unwrap();

@@ -16,7 +16,8 @@ use crate::keys::DomainKeys;
 use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
 use crate::packs::PackWriter;
 use crate::pass::Pass;
-use crate::pool::{Pool, PoolNodes, Proof};
+use crate::places::Proof;
+use crate::pool::{Pool, PoolNodes};
 use crate::state::{self, Point, PointDisk, State};
 
 /// Nodes put into one frame.
@@ -33,6 +34,8 @@ struct Inner {
     waiting: Vec<(ChunkId, Vec<u8>)>,
     /// Packs of this job that are durable.
     finished: HashSet<PackId>,
+    /// Older packs of which chunks are shared that prove themselves.
+    shared: HashSet<PackId>,
     entries: usize,
     /// Frames of earlier jobs whose bytes this job has proved (INV-9).
     proved: HashSet<(PackId, u32)>,
@@ -237,7 +240,12 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
                 shared.inner().proved.insert(key);
                 return Ok(true);
             }
-            Some(Proof::Chunk) => return Ok(true),
+            Some(Proof::Chunk) => {
+                shared.inner().shared.insert(place.pack);
+                return Ok(true);
+            }
+            // What the index does not know any more is no damage of it.
+            None if !shared.pool.index().packs().contains_key(&place.pack) => continue,
             None => {}
         }
         let record = crate::format::payload::Damage {
@@ -322,6 +330,7 @@ impl Ingest {
                 current: HashMap::new(),
                 waiting: Vec::new(),
                 finished: HashSet::new(),
+                shared: HashSet::new(),
                 entries: 0,
                 proved: HashSet::new(),
                 figures: IngestFigures::default(),
@@ -536,7 +545,10 @@ impl Ingest {
         let record = state::encode_point(&point);
         let used: HashSet<PackId> = {
             let inner = self.shared.inner();
-            inner.proved.iter().map(|(pack, _)| *pack).chain(inner.finished.iter().copied()).collect()
+            {
+                let proved = inner.proved.iter().map(|(pack, _)| *pack);
+                proved.chain(inner.shared.iter().copied()).chain(inner.finished.iter().copied()).collect()
+            }
         };
         self.shared.pool.append_if(Kind::Point, |state| {
             if state.points.contains_key(&id) {

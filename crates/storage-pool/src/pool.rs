@@ -2,9 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
-};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use environment::{Files, Lock};
 use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
@@ -12,13 +10,12 @@ use prost::Message;
 
 use crate::activity::Activity;
 use crate::bundle::{self, Span};
-use crate::chunk::{ChunkId, ChunkKind, Location, PackId};
+use crate::chunk::{ChunkId, ChunkKind, PackId};
 use crate::error::{Damage, PoolError};
-use crate::format::pack::PackKind;
 use crate::format::parity;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
-use crate::index::{Build, Index, Tables};
+use crate::index::{Index, Tables};
 use crate::keys::{DomainKeys, Keys, Secret};
 use crate::kit::{Recipient, RecipientId};
 use crate::map::NodeSource;
@@ -128,14 +125,14 @@ pub struct Pool {
     /// Opened at once by a writer, and by a reader when something asks for a chunk or a pack.
     index: OnceLock<OpenIndex>,
     /// Held by whoever replaces runs.
-    merging: Mutex<()>,
+    pub(crate) merging: Mutex<()>,
     pub(crate) reader: PackReader,
     writer: Option<Mutex<Writer>>,
     activity: Mutex<Activity>,
     /// What a mark may hold in memory.
     pub(crate) room: Room,
     domains: Mutex<HashMap<DomainId, Arc<DomainKeys>>>,
-    tables: Mutex<Tables>,
+    pub(crate) tables: Mutex<Tables>,
     /// First bytes of pack ids whose folders are there and have durable names.
     pack_folders: Mutex<BTreeSet<u8>>,
     /// By whom the pool was opened.
@@ -164,18 +161,7 @@ impl From<Index> for OpenIndex {
 const FOLDER_DRAWS: usize = 4096;
 
 /// How often a reader looks again when a writer went on beside it.
-const LOOKS: usize = 4;
-/// Bytes of a frame in a pack that storage is told of: its length stands in its header only, and most are shorter.
-const FRAME_GUESS: u32 = 96 << 10;
-
-/// What proves that a chunk can be counted on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Proof {
-    /// The seal of its frame, and so of all that is in it.
-    Frame,
-    /// Its own content.
-    Chunk,
-}
+pub(crate) const LOOKS: usize = 4;
 
 /// A pool that was just created, and who can open it.
 pub struct Created {
@@ -318,7 +304,7 @@ impl Pool {
                 let opened = index.insert(Index::open(world.files.clone(), &keys, state.generation, &gone)?);
                 (opened.witnessed(), opened.damage().is_empty())
             } else {
-                (Index::witnessed_by_ends(&*world.files, &keys)?, true)
+                (Index::witnessed_by_ends(&*world.files, &keys, state.generation)?, true)
             };
             let head = state.head;
             if is_sound && witnessed <= head {
@@ -710,100 +696,6 @@ impl Pool {
         Err(failed.into_error(self.world.path(&crate::format::pack::name(id))))
     }
 
-    /// Makes what is in no run durable in one, and merges runs where a tier is full.
-    pub(crate) fn flush_index(&self) -> Result<(), PoolError> {
-        self.change_runs(|index, head| index.flush(head))?;
-        match self.merge_runs() {
-            // Nothing waits for a merge; it is due again later.
-            Err(PoolError::Full { .. }) => Ok(()),
-            merged => merged,
-        }
-    }
-
-    /// Merges runs while some are due. Ingests, restores and flushes go on meanwhile.
-    fn merge_runs(&self) -> Result<(), PoolError> {
-        let _merging = match self.merging.try_lock() {
-            Ok(merging) => merging,
-            Err(TryLockError::Poisoned(merging)) => merging.into_inner(),
-            Err(TryLockError::WouldBlock) => return Ok(()),
-        };
-        loop {
-            let head = self.state().head;
-            let Some(build) = self.index().due_merge(head) else { return Ok(()) };
-            match build.write() {
-                Ok(built) => self.index_mut().install(built),
-                Err(error) => {
-                    self.heed_naming(&error);
-                    self.index_mut().heal(error)?;
-                    self.change_runs(|index, head| index.flush(head))?;
-                }
-            }
-        }
-    }
-
-    /// Makes the index forget packs that have a permit. Ingests and readers go on meanwhile.
-    pub(crate) fn drop_packs(&self, is_gone: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
-        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = self.write_without(is_gone);
-        // On a full disk the runs stay: what they say of packs with a permit is not used.
-        if !matches!(written, Err(PoolError::Full { .. })) {
-            written?;
-        }
-        self.index_mut().forget(is_gone);
-        Ok(())
-    }
-
-    fn write_without(&self, is_gone: &dyn Fn(PackId) -> bool) -> Result<(), PoolError> {
-        self.write_runs(&|index, head| index.due_rewrite(head, &|pack| !is_gone(pack)))
-    }
-
-    /// Writes all runs again under the key generation of now: those of an older one are not believed at the next opening,
-    /// and then every pack's table is read.
-    pub(crate) fn renew_index(&self) -> Result<(), PoolError> {
-        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
-        self.write_runs(&|index, head| index.renewed(head))
-    }
-
-    fn write_runs(&self, due: &dyn Fn(&Index, u64) -> Option<Build>) -> Result<(), PoolError> {
-        self.change_runs(|index, head| index.flush(head))?;
-        loop {
-            let head = self.state().head;
-            let build = due(&self.index(), head);
-            match build.map(Build::write) {
-                None => return Ok(()),
-                Some(Ok(built)) => {
-                    self.index_mut().install(built);
-                    return Ok(());
-                }
-                // A run that cannot be read is not merged: its packs are read anew.
-                Some(Err(error)) => {
-                    self.heed_naming(&error);
-                    self.index_mut().heal(error)?;
-                    self.change_runs(|index, head| index.flush(head))?;
-                }
-            }
-        }
-    }
-
-    fn change_runs(
-        &self,
-        write: impl FnOnce(&mut Index, u64) -> Result<(), PoolError>,
-    ) -> Result<(), PoolError> {
-        let head = self.state().head;
-        let result = write(&mut self.index_mut(), head);
-        if let Err(error) = &result {
-            self.heed_naming(error);
-        }
-        result
-    }
-
-    /// If a name may not last, nothing more is written (INV-5).
-    pub(crate) fn heed_naming(&self, error: &PoolError) {
-        if let PoolError::Io { action: sequence::NAMING, .. } = error {
-            self.break_writer(error);
-        }
-    }
-
     /// A fresh random id.
     pub fn random_id(&self) -> Result<[u8; 16], PoolError> {
         self.world.random_id()
@@ -893,12 +785,19 @@ impl Pool {
         .map(drop)
     }
 
-    /// Takes a soft deletion back, as long as the point is not expired.
+    /// Takes a soft deletion back, as long as the point is not expired. Refused while a record cannot be read: it may have
+    /// deleted the point earlier, and its packs may be gone.
     pub fn undelete_point(&self, id: RecoveryPointId) -> Result<(), PoolError> {
+        if !self.state().unreadable.is_empty() {
+            self.recheck_records()?;
+        }
         let record = payload::PointMark { point: id.0.to_vec(), reason: String::new() };
         // A reclaim decides by the same state, so the look and the record must be one step.
         self.append_if(Kind::Undelete, |state| {
             let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
+            if let Some(record) = state.unreadable.first() {
+                return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
+            }
             if point.deleted.is_none() {
                 return Ok(None);
             }
@@ -972,241 +871,6 @@ impl Pool {
     pub(crate) fn domain_keys(&self, domain: DomainId) -> Arc<DomainKeys> {
         let mut domains = self.domains.lock().unwrap_or_else(PoisonError::into_inner);
         domains.entry(domain).or_insert_with(|| Arc::new(self.keys.domain(domain))).clone()
-    }
-
-    /// Every place of a chunk; a run that cannot be read is given up and read anew from the packs.
-    pub(crate) fn find(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
-        loop {
-            let found = self.index().find(id);
-            match found {
-                Err(error) => self.index_mut().heal(error)?,
-                found => return found,
-            }
-        }
-    }
-
-    /// Places of a chunk among which a backup looks for one that it may share. What `is_good` likes in the tables of the
-    /// packs met last is enough; otherwise every place, as [`Pool::find`] says.
-    pub(crate) fn find_near(
-        &self,
-        id: &ChunkId,
-        is_good: impl Fn(&Location) -> bool,
-    ) -> Result<Vec<Location>, PoolError> {
-        if let Some(place) = self.tables().find(id).filter(is_good) {
-            return Ok(vec![place]);
-        }
-        let places = self.find(id)?;
-        if let Some(place) = places.first() {
-            self.meet(place.pack);
-        }
-        Ok(places)
-    }
-
-    /// Every chunk in every place, after [`Pool::find`]'s manner. `begin` is called before each attempt.
-    pub(crate) fn for_each_chunk<T>(
-        &self,
-        begin: impl Fn() -> T,
-        mut each: impl FnMut(&mut T, ChunkId, Location),
-    ) -> Result<T, PoolError> {
-        loop {
-            let mut found = begin();
-            let read = self.index().for_each(|id, place| each(&mut found, id, place));
-            match read {
-                Err(error) => self.index_mut().heal(error)?,
-                Ok(()) => return Ok(found),
-            }
-        }
-    }
-
-    /// The content of a chunk, proved by its id; from whichever copy is right.
-    pub(crate) fn read_chunk(
-        &self,
-        keys: &DomainKeys,
-        kind: ChunkKind,
-        id: &ChunkId,
-        out: &mut dyn FnMut(&[u8]),
-    ) -> Result<(), PoolError> {
-        self.read_as(keys, kind, id, true, &mut |bytes, _| out(bytes))
-    }
-
-    /// The content of a block of which a part is wanted, and nothing near it soon: no more of its frame is decoded than needed.
-    pub(crate) fn read_lone_block(
-        &self,
-        keys: &DomainKeys,
-        id: &ChunkId,
-        out: &mut dyn FnMut(&[u8]),
-    ) -> Result<(), PoolError> {
-        self.read_as(keys, ChunkKind::Block, id, false, &mut |bytes, _| out(bytes))
-    }
-
-    /// The same, with the plain hash that was computed for the proof.
-    pub(crate) fn read_hashed(
-        &self,
-        keys: &DomainKeys,
-        kind: ChunkKind,
-        id: &ChunkId,
-        out: &mut dyn FnMut(&[u8], &[u8; 32]),
-    ) -> Result<(), PoolError> {
-        self.read_as(keys, kind, id, true, out)
-    }
-
-    /// Tells storage which frames will be read for these blocks, so that it begins with all of them. A hint: what is wrong
-    /// is found by whoever reads.
-    pub(crate) fn will_read(&self, keys: &DomainKeys, ids: impl Iterator<Item = ChunkId>) {
-        let places = ids.filter_map(|id| {
-            let held = self.tables().find(&id);
-            held.or_else(|| self.find(&id).ok()?.first().copied())
-        });
-        let mut frames: Vec<(PackId, u32)> = places.map(|place| (place.pack, place.frame())).collect();
-        frames.sort_unstable();
-        frames.dedup();
-        // All of them first: storage brings them side by side.
-        let packs = frames.chunk_by(|one, next| one.0 == next.0).filter_map(|frames| Some(frames.first()?.0));
-        packs.for_each(|pack| self.reader.will_open(pack));
-        let is_joined =
-            |one: &(PackId, u32), next: &(PackId, u32)| one.0 == next.0 && next.1 - one.1 <= FRAME_GUESS;
-        for run in frames.chunk_by(is_joined) {
-            if let (Some(&(pack, first)), Some(&(_, last))) = (run.first(), run.last()) {
-                self.reader.will_read(pack, keys.domain, first..last.saturating_add(FRAME_GUESS));
-                self.meet(pack);
-            }
-        }
-    }
-
-    fn read_as(
-        &self,
-        keys: &DomainKeys,
-        kind: ChunkKind,
-        id: &ChunkId,
-        whole: bool,
-        out: &mut dyn FnMut(&[u8], &[u8; 32]),
-    ) -> Result<(), PoolError> {
-        let held = self.tables().find(id);
-        if let Some(place) = held
-            && self.try_place(keys, kind, id, place, whole, out).is_ok()
-        {
-            return Ok(());
-        }
-        let mut reasons = Vec::new();
-        let mut tried: Vec<Location> = Vec::new();
-        for look in 0..LOOKS {
-            // A reclaim beside this reader may have let a pack go after it was found; its chunks are elsewhere then.
-            let places = match look {
-                0 => self.find(id)?,
-                _ => self.look_again(id)?,
-            };
-            let places: Vec<Location> = places.into_iter().filter(|place| !tried.contains(place)).collect();
-            if places.is_empty() {
-                break;
-            }
-            for place in places {
-                match self.try_place(keys, kind, id, place, whole, out) {
-                    Ok(()) => {
-                        if kind == ChunkKind::Block {
-                            self.meet(place.pack);
-                        }
-                        return Ok(());
-                    }
-                    Err(error) => reasons.push(error.to_string()),
-                }
-                tried.push(place);
-            }
-            if !tried.iter().any(|place| self.is_gone(place.pack)) {
-                break;
-            }
-        }
-        if reasons.is_empty() {
-            reasons.push("it is in no pack".to_owned());
-        }
-        Err(PoolError::ChunkLost { chunk: id.to_string(), reason: reasons.join("; ") })
-    }
-
-    /// What proves now that the chunk at `place` can be counted on, if anything does. The seal of its frame is enough, except
-    /// where a recipient that was removed since could have made it.
-    pub(crate) fn proof(&self, place: Location, id: &ChunkId) -> Option<Proof> {
-        let info = self.index().packs().get(&place.pack).copied()?;
-        if self.reader.sealed_under(place, info.domain)? >= self.keys.generation() {
-            return Some(Proof::Frame);
-        }
-        let kind = match info.kind {
-            PackKind::Blocks => ChunkKind::Block,
-            PackKind::Nodes => ChunkKind::Node,
-        };
-        let read = self.try_place(&self.domain_keys(info.domain), kind, id, place, true, &mut |_, _| {});
-        read.is_ok().then_some(Proof::Chunk)
-    }
-
-    /// Whether the file of a pack is not there any more.
-    fn is_gone(&self, pack: PackId) -> bool {
-        let opened = self.world.files.open(&crate::format::pack::name(pack));
-        matches!(opened, Err(error) if error.kind() == io::ErrorKind::NotFound)
-    }
-
-    /// Whether a pack is gone because a reclaim let it go, here or in the process that writes.
-    pub(crate) fn let_go(&self, pack: PackId) -> bool {
-        let has_permit = |state: &State| state.permitted.contains_key(&pack);
-        if self.is_writable() {
-            return has_permit(&self.state());
-        }
-        self.is_gone(pack)
-            && bundle::load_bundled(&*self.world.files, &self.keys)
-                .is_ok_and(|(fresh, ..)| has_permit(&fresh))
-    }
-
-    /// Every place of a chunk, in the index as it is now. A writer's own is; a reader opens it anew.
-    fn look_again(&self, id: &ChunkId) -> Result<Vec<Location>, PoolError> {
-        if !self.is_writable() {
-            self.learn_rings()?;
-            let state = bundle::load_bundled(&*self.world.files, &self.keys)?.0;
-            let gone = |pack| state.permitted.contains_key(&pack);
-            let fresh = Index::open(self.world.files.clone(), &self.keys, state.generation, &gone)?;
-            *self.index_mut() = fresh;
-        }
-        self.find(id)
-    }
-
-    pub(crate) fn try_place(
-        &self,
-        keys: &DomainKeys,
-        kind: ChunkKind,
-        id: &ChunkId,
-        place: Location,
-        whole: bool,
-        out: &mut dyn FnMut(&[u8], &[u8; 32]),
-    ) -> Result<(), PoolError> {
-        let pack_kind = match kind {
-            ChunkKind::Block => PackKind::Blocks,
-            ChunkKind::Node => PackKind::Nodes,
-        };
-        let frame = self.reader.decoded(place, keys.domain, pack_kind, whole)?;
-        let wrong = |reason: String| PoolError::Damaged {
-            path: self.world.path(&crate::format::pack::name(place.pack)),
-            offset: u64::from(place.frame()),
-            reason,
-        };
-        let chunk = frame
-            .chunk(place.slot())
-            .ok_or_else(|| wrong(format!("the frame has no chunk {}", place.slot())))?;
-        let hash = blake3::hash(chunk);
-        if keys.chunk_id(kind, hash.as_bytes()) != *id {
-            return Err(wrong(format!("the chunk in place {} is not {id}", place.slot())));
-        }
-        out(chunk, hash.as_bytes());
-        Ok(())
-    }
-
-    fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A chunk was found in `pack`: if others were lately, its table is read, because more will follow.
-    fn meet(&self, pack: PackId) {
-        if !self.tables().meet(pack) {
-            return;
-        }
-        if let Ok(table) = self.read_table(pack) {
-            self.tables().hold(&table);
-        }
     }
 
     /// A mark for [`Pool::rebuilt_since`].

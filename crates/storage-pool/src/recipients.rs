@@ -173,6 +173,9 @@ impl Pool {
             return refused(id, "no recovery kit would be left; write another one first");
         }
         let (generation, hash) = self.new_ring(&wanted)?;
+        // The index first, under the new root: runs of an older generation are not believed once the record is there, and only
+        // they know of packs that are missing.
+        self.renew_index(generation)?;
         let record = payload::Rotation {
             generation: u32::from(generation),
             ring: hash.to_vec(),
@@ -182,11 +185,7 @@ impl Pool {
         self.forget_bundles();
         // The rotation is done; a second record says so, in case that the first rots while it is the last one.
         let _ = self.tick();
-        // Without these the next opening reads the tables of all packs: slower, not wrong.
-        match self.renew_index() {
-            Ok(()) | Err(PoolError::Full { .. }) => Ok(generation),
-            Err(error) => Err(error),
-        }
+        Ok(generation)
     }
 
     /// Learns the rings that came since this pool was opened.

@@ -39,7 +39,8 @@ use crate::frame;
 use crate::index::{FinishedPack, PackInfo, View, ViewPlace};
 use crate::mark::Marks;
 use crate::packs::{self, PackWriter};
-use crate::pool::{Pool, Proof};
+use crate::places::Proof;
+use crate::pool::Pool;
 use crate::sorter::{Sorted, Sorter, distinct};
 use crate::state::State;
 

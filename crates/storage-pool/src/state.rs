@@ -33,6 +33,9 @@ pub struct PointDisk {
     pub full_compare: Option<RecoveryPointId>,
 }
 
+/// Records missing from the end that are named one by one.
+const MOST_MISSING: usize = 4096;
+
 /// A recovery point as the pool keeps it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Point {
@@ -274,14 +277,16 @@ impl State {
         Ok(())
     }
 
-    /// Names the records up to `head` that should be there: something durable knows of record `head`.
+    /// Names the records up to `head` that should be there, or the first of very many: something durable knows of record
+    /// `head`.
     pub(crate) fn expect_head(&mut self, head: u64, path: impl Fn(u64) -> String) {
         if head <= self.head {
             return;
         }
-        for number in self.head + 1..=head {
+        let told: BTreeSet<u64> = self.unreadable.iter().map(|known| known.number).collect();
+        for number in (self.head + 1..=head).take(MOST_MISSING) {
             // A file under that name which is no record is told of already.
-            if !self.unreadable.iter().any(|known| known.number == number) {
+            if !told.contains(&number) {
                 let reason = "is missing from the end of the sequence".to_owned();
                 self.unreadable.push(Unreadable {
                     number,

@@ -12,15 +12,16 @@ use environment::simulated::{Failure, SimulatedFiles, Snapshot, When};
 use model::BLOCK_BYTES;
 use prost::Message;
 use rig::{Open, Rig, id, is_exact, order, store};
+use storage_pool::chunk::{ChunkKind, Location};
 use storage_pool::format::bundle::{self, BundleHeader, Bundled};
 use storage_pool::format::key::KeyFile;
-use storage_pool::format::pack::{self, PackHeader};
+use storage_pool::format::pack::{self, PackHeader, PackKind, TableEntry, Trailer};
 use storage_pool::format::payload::{self, Kind};
 use storage_pool::format::record::{self, RecordHeader};
 use storage_pool::format::ring::{self, Ring, RingEntry};
 use storage_pool::format::run::{self, PagesOf, RunPack, RunWriter};
 use storage_pool::format::twin;
-use storage_pool::keys::{Keys, RecipientKey, Secret, TAG, wrap_key};
+use storage_pool::keys::{Keys, RecipientKey, Secret, TAG, table_nonce, wrap_key};
 use storage_pool::kit::{Recipient, RecipientId};
 use storage_pool::recipients::RecipientKind;
 use storage_pool::reclaim::ReclaimOptions;
@@ -494,7 +495,7 @@ impl<'r> Removed<'r> {
         self.keys.insert(generation, root);
     }
 
-    /// A run that takes the place of all others and says of every pack that it holds nothing.
+    /// A run that takes the place of all others, says of every pack that it holds nothing, and has seen many records.
     fn run(&self) {
         let snapshot = self.rig.files.snapshot();
         let (mut packs, mut superseded) = (Vec::new(), Vec::new());
@@ -502,20 +503,46 @@ impl<'r> Removed<'r> {
             if let Some(("index", file)) = name.rsplit_once('/') {
                 superseded.extend(run::number(file));
             } else if name.starts_with("packs/") {
-                let PackHeader { pack, domain, kind, .. } =
+                let PackHeader { pack, domain, kind, generation, .. } =
                     PackHeader::decode(&bytes[..pack::HEADER]).unwrap();
-                packs.push(RunPack { pack, domain, kind, length: bytes.len() as u64 });
+                packs.push(RunPack { pack, domain, kind, generation, length: bytes.len() as u64 });
             }
         }
         packs.sort_by_key(|pack| pack.pack);
         let (pool, number) = (self.rig.server.pool, superseded.iter().max().unwrap() + 1);
         let key = self.keys(0).run(0, number).unwrap();
         let mut writer = RunWriter::new(PagesOf::Places, key, 0, pool, number);
-        writer.finish(&packs, &superseded, 1, &[]);
+        writer.finish(&packs, &superseded, u64::MAX / 2, &[]);
         let mut bytes = Vec::new();
         writer.take(|ready| std::io::Write::write_all(&mut bytes, ready)).unwrap();
         self.rig.files.set_bytes(&run::name(number), bytes);
     }
+}
+
+/// Gives a genuine pack of blocks of the newest generation a table of the oldest one that names its chunks for content `says`.
+fn forge_table(out: &Removed<'_>, says: u64) {
+    let snapshot = out.rig.files.snapshot();
+    let is_wanted = |(_, bytes): &(&str, &[u8])| {
+        PackHeader::decode(&bytes[..pack::HEADER])
+            .is_ok_and(|header| header.generation == 1 && header.kind == PackKind::Blocks)
+    };
+    let (name, bytes) =
+        snapshot.files().filter(|(name, _)| name.starts_with("packs/")).find(is_wanted).unwrap();
+    let end = bytes.len() - pack::HEADER;
+    let mut trailer = Trailer::decode(bytes[end..].try_into().unwrap(), bytes.len() as u64).unwrap();
+    let header = PackHeader { generation: 0, ..PackHeader::decode(&bytes[..pack::HEADER]).unwrap() };
+    let keys = out.keys(0).domain(header.domain);
+    let id = keys.chunk_id(ChunkKind::Block, &rig::block(says).hash);
+    let place = Location::new(header.pack, pack::HEADER as u32, 0);
+    let mut table = pack::encode_table(&[TableEntry { id, location: place.at }]);
+    let raw = header.encode();
+    keys.pack(0, header.pack).unwrap().seal(table_nonce(trailer.table_offset), &raw, &mut table).unwrap();
+    (trailer.table_stored, trailer.chunks) = (table.len() as u32, 1);
+    let mut forged = bytes[..trailer.table_offset as usize].to_vec();
+    forged[..pack::HEADER].copy_from_slice(&raw);
+    forged.extend_from_slice(&table);
+    forged.extend_from_slice(&trailer.encode(&raw, &table));
+    out.rig.files.set_bytes(name, forged);
 }
 
 /// A pack whose block has the id of content `says` and holds content `holds`: made in a copy of the pool as it was before the
@@ -708,6 +735,55 @@ fn a_removed_recipient_makes_no_run_and_no_pack_that_counts() {
             assert_eq!(can_have(&pool, 2, &[(0, says), (3, 5)]), Some(true), "content {says}, {told}");
             drop(pool);
             reclaimed(&rig);
+        }
+    }
+}
+
+/// A true frame under a forged table is no proof of what the table says.
+#[test]
+fn a_table_of_a_removed_recipient_proves_nothing() {
+    let (rig, removed) = rotated();
+    let out = Removed::new(&rig, &removed);
+    forge_table(&out, 8);
+    // Without a run everybody must read the table.
+    let runs: Vec<String> = rig.files.snapshot().files().map(|(name, _)| name.to_owned()).collect();
+    let mut snapshot = rig.files.snapshot();
+    runs.iter().filter(|name| name.ends_with(".run")).for_each(|name| snapshot.remove(name));
+    let rig = rig.on(SimulatedFiles::from_snapshot(5, &snapshot));
+    let pool = rig.writer(1).unwrap();
+    store(&pool, &order(3, None, &[(0, 8), (3, 5)])).unwrap();
+    drop(pool);
+    assert_eq!(can_have(&rig.reader().unwrap(), 3, &[(0, 8), (3, 5)]), Some(true));
+    assert_eq!(can_have(&rig.reader().unwrap(), 1, &FIRST), Some(true));
+}
+
+/// That a pack is missing is known to the index alone, so a rotation that is cut off anywhere keeps it.
+#[test]
+fn a_rotation_forgets_no_missing_pack() {
+    let rig = Rig::new(1, Settings::without_safety());
+    let pool = rig.writer(1).unwrap();
+    store(&pool, &order(1, None, &FIRST)).unwrap();
+    drop(pool);
+    let mut snapshot = rig.files.snapshot();
+    let packs = snapshot.files().map(|(name, _)| name.to_owned()).filter(|name| name.starts_with("packs/"));
+    packs.collect::<Vec<_>>().iter().for_each(|name| snapshot.remove(name));
+    for site in 1.. {
+        let rig = rig.on(SimulatedFiles::from_snapshot(2 + site, &snapshot));
+        rig.files.crash_at(site);
+        if let Ok(pool) = rig.writer(1) {
+            assert!(pool.has_known_damage());
+            let _ = pool.rotate_keys(&[]);
+        }
+        let was_cut = rig.files.is_off();
+        rig.files.cut_power();
+        for state in rig.files.crash_states(500).states {
+            let rig = rig.on(SimulatedFiles::from_snapshot(1, &state));
+            assert!(rig.writer(1).unwrap().has_known_damage(), "cut at {site}");
+            assert!(rig.reader().unwrap().has_known_damage(), "cut at {site}");
+        }
+        if !was_cut {
+            assert!(site > 50, "{site}");
+            break;
         }
     }
 }

@@ -205,6 +205,7 @@ fn holds_and_soft_deletion_follow_pool_time() {
     pool.undelete_point(a).unwrap();
     check(&pool, a, &map(&[(0, 1), (1, 2)]));
     pool.delete_point(a, "test").unwrap();
+    let tombstone = pool.state().head;
     let mut days = 0;
     while bench.files.snapshot().files().any(|(name, _)| name.starts_with("packs/")) {
         bench.clock.advance(std::time::Duration::from_secs(86_400));
@@ -213,6 +214,19 @@ fn holds_and_soft_deletion_follow_pool_time() {
         assert!(days < 40);
     }
     assert_eq!(days, 17, "14 days of soft deletion and 3 of hold");
+
+    // Nobody takes back what is gone because he cannot read that it went.
+    drop(pool);
+    bench.files.flip_bit(&format!("sequence/{tombstone:016x}.record"), 900).unwrap();
+    let names: Vec<String> = bench.files.snapshot().files().map(|(name, _)| name.to_owned()).collect();
+    let mut snapshot = bench.files.snapshot();
+    names.iter().filter(|name| name.ends_with(".records")).for_each(|name| snapshot.remove(name));
+    bench.files.reboot_into(&snapshot);
+    let pool = bench.writer().unwrap();
+    assert!(pool.point(a).unwrap().deleted.is_none(), "not known here");
+    pool.delete_point(a, "test").unwrap();
+    let refused = pool.undelete_point(a);
+    assert!(matches!(refused, Err(PoolError::Stopped { .. })), "{refused:?}");
 }
 
 /// INV-12, breaker.

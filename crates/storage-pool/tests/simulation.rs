@@ -6,7 +6,7 @@ mod rig;
 use std::time::{Duration, Instant};
 
 /// Seeds that once failed come first.
-const KNOWN: &[u64] = &[1, 2, 1_000_037, 1_000_000_248];
+const KNOWN: &[u64] = &[1, 2, 1_000_037, 24_261_277, 1_000_000_248];
 
 /// `SIM_POINTS=500000` lives until there were so many crash points, `SIM_SECONDS=600` so long, from `SEED` on, `SIM_THREADS`
 /// lives at a time.

@@ -715,7 +715,10 @@ impl PointReader<'_> {
         let mut at = blocks.start;
         while at < blocks.end {
             let end = ((at / READ_BLOCKS + 1) * READ_BLOCKS).min(blocks.end);
-            self.point.will_read(at..end);
+            // Threads that have nothing to do get this at once, and storage hears of it from them.
+            if !self.tasks.is_empty() {
+                self.point.will_read(at..end);
+            }
             ahead.pieces.push_back((at..end, true));
             ahead.data += end - at;
             self.catch_up(ahead, TOLD_AHEAD)?;

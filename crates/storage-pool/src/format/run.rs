@@ -85,6 +85,8 @@ pub struct RunPack {
     pub domain: DomainId,
     /// What its chunks are.
     pub kind: PackKind,
+    /// Key generation of its table.
+    pub generation: u16,
     /// Bytes of its file.
     pub length: u64,
 }
@@ -305,6 +307,7 @@ impl RunHead {
                 pack: PackId(take(bytes, at)?),
                 domain: DomainId(take(bytes, at + 16)?),
                 kind,
+                generation: u16_at(bytes, at + 34)?,
                 length: u64_at(bytes, at + 40)?,
             });
             at += 48;
@@ -545,7 +548,8 @@ impl RunWriter {
             self.ready.extend_from_slice(&pack.pack.0);
             self.ready.extend_from_slice(&pack.domain.0);
             self.ready.extend_from_slice(&(pack.kind as u16).to_le_bytes());
-            self.ready.extend_from_slice(&[0; 6]);
+            self.ready.extend_from_slice(&pack.generation.to_le_bytes());
+            self.ready.extend_from_slice(&[0; 4]);
             self.ready.extend_from_slice(&pack.length.to_le_bytes());
         }
         superseded.iter().for_each(|number| self.ready.extend_from_slice(&number.to_le_bytes()));

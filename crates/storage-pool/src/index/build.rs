@@ -35,6 +35,8 @@ pub struct Build {
     /// What is in no run, in order.
     pub(super) loose: Vec<RunEntry>,
     pub(super) superseded: Vec<u64>,
+    /// Key generation of the new run.
+    pub(super) generation: u16,
 }
 
 /// A run that was written and is durable.
@@ -126,7 +128,7 @@ impl Build {
     fn write_as(&self, number: u64, name: &str) -> Result<(), Unpublished> {
         let failed = |source| Unpublished::Failed(PoolError::io(self.files.display(name), "write", source));
         let mut file = self.files.create(name).map_err(failed)?;
-        let generation = self.keys.generation();
+        let generation = self.generation;
         let key = self.keys.run(generation, number).map_err(Unpublished::Failed)?;
         let mut writer = RunWriter::new(PagesOf::Places, key, generation, self.keys.pool(), number);
         let mut sources: Vec<Source<'_>> = self

@@ -46,6 +46,9 @@ fn tier(entries: u64) -> u32 {
     (entries >> 16).checked_ilog2().unwrap_or(0) / 2
 }
 
+/// Runs with a higher number do not steer what the next one is called, if anybody may have made them.
+const FAR_NUMBER: u64 = 1 << 48;
+
 /// A pack that the index knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PackInfo {
@@ -53,10 +56,20 @@ pub struct PackInfo {
     pub domain: DomainId,
     /// What its chunks are.
     pub kind: PackKind,
+    /// Key generation of its table: that of the newest root whose holders alone can have said what it holds.
+    pub generation: u16,
     /// Bytes of its file.
     pub length: u64,
     /// Whether the file was there when the pool was opened.
     pub present: bool,
+}
+
+impl PackInfo {
+    /// The same as a run names it.
+    fn named(&self, pack: PackId) -> RunPack {
+        let PackInfo { domain, kind, generation, length, .. } = *self;
+        RunPack { pack, domain, kind, generation, length }
+    }
 }
 
 /// The index of a pool.
@@ -109,13 +122,20 @@ impl Index {
         let (mut unreadable, mut older) = (Vec::new(), Vec::new());
         for entry in list("index")? {
             let Some(number) = run::number(&entry.name) else { continue };
-            match Run::open(&*files, keys, number) {
-                Ok(run) => {
-                    index.next_number.fetch_max(number.saturating_add(1), Ordering::SeqCst);
-                    if run.generation < generation {
-                        older.push(number);
-                        continue;
+            let run = Ends::read(&*files, keys, number).and_then(|ends| match ends.generation < generation {
+                true => Ok(None),
+                false => Run::of_ends(ends).map(Some),
+            });
+            match run {
+                Ok(None) => {
+                    // Whoever was removed does not use up the numbers either.
+                    if number < FAR_NUMBER {
+                        index.next_number.fetch_max(number + 1, Ordering::SeqCst);
                     }
+                    older.push(number);
+                }
+                Ok(Some(run)) => {
+                    index.next_number.fetch_max(number.saturating_add(1), Ordering::SeqCst);
                     index.witnessed = index.witnessed.max(run.head.ends.witnessed);
                     index.superseded.extend(&run.head.superseded);
                     runs.push(run);
@@ -146,7 +166,13 @@ impl Index {
             for pack in run.head.packs.iter().filter(|pack| !gone(pack.pack)) {
                 index.packs.insert(
                     pack.pack,
-                    PackInfo { domain: pack.domain, kind: pack.kind, length: pack.length, present: false },
+                    PackInfo {
+                        domain: pack.domain,
+                        kind: pack.kind,
+                        generation: pack.generation,
+                        length: pack.length,
+                        present: false,
+                    },
                 );
             }
             index.runs.push(Arc::new(run));
@@ -394,6 +420,7 @@ impl Index {
             PackInfo {
                 domain: pack.header.domain,
                 kind: pack.header.kind,
+                generation: pack.header.generation,
                 length: pack.length,
                 present: true,
             },
@@ -458,25 +485,16 @@ impl Index {
         }
         let loose = self.loose_packs.iter().filter_map(|id| {
             let info = self.packs.get(id)?;
-            Some(RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length })
+            Some(info.named(*id))
         });
         let more_packs = more.iter().map(|table| {
-            let PackHeader { pack, domain, kind, .. } = table.header;
-            RunPack { pack, domain, kind, length: table.length }
+            let PackHeader { pack, domain, kind, generation, .. } = table.header;
+            RunPack { pack, domain, kind, generation, length: table.length }
         });
         for pack in loose.chain(more_packs) {
             naming.add(pack);
         }
-        let known: Vec<RunPack> = self
-            .packs
-            .iter()
-            .map(|(id, info)| RunPack {
-                pack: *id,
-                domain: info.domain,
-                kind: info.kind,
-                length: info.length,
-            })
-            .collect();
+        let known: Vec<RunPack> = self.packs.iter().map(|(id, info)| info.named(*id)).collect();
         // A pack of which no run and no table says a chunk is a pack all the same.
         for pack in known {
             naming.add(pack);
@@ -495,8 +513,8 @@ impl Index {
             .iter()
             .map(|pack| {
                 let info = self.packs.get(&pack.pack).copied();
-                let RunPack { domain, kind, length, .. } = *pack;
-                (pack.pack, info.unwrap_or(PackInfo { domain, kind, length, present: false }))
+                let RunPack { domain, kind, generation, length, .. } = *pack;
+                (pack.pack, info.unwrap_or(PackInfo { domain, kind, generation, length, present: false }))
             })
             .collect();
         Ok(view)
@@ -519,8 +537,7 @@ impl Index {
         if with_loose {
             for id in self.loose_packs.iter().filter(|id| keep(**id)) {
                 let Some(info) = self.packs.get(id) else { continue };
-                let pack = RunPack { pack: *id, domain: info.domain, kind: info.kind, length: info.length };
-                naming.add(pack);
+                naming.add(info.named(*id));
             }
             loose = self.loose_places().filter_map(|(id, place)| naming.entry(id, place)).collect();
             loose.sort_unstable();
@@ -534,6 +551,7 @@ impl Index {
             runs,
             loose,
             superseded: Vec::new(),
+            generation: self.keys.generation(),
         }
     }
 
@@ -597,11 +615,16 @@ impl Index {
         Some(Build { superseded, ..self.build(head, &touched, false, keep) })
     }
 
-    /// All runs as one, under the key generation of now; none if there is none. What is loose must have been flushed.
-    pub fn renewed(&self, head: u64) -> Option<Build> {
-        let superseded = self.runs.iter().map(|run| run.number()).chain(self.replaceable()).collect();
-        (!self.runs.is_empty())
-            .then(|| Build { superseded, ..self.build(head, &self.runs, false, &|_| true) })
+    /// All runs as one, under key generation `generation`; none if there is none. What is loose must have been flushed. It
+    /// also names what the older ones had replaced, since nobody believes those any more.
+    pub fn renewed(&self, head: u64, generation: u16) -> Option<Build> {
+        let replaced = self.runs.iter().map(|run| run.number()).chain(self.replaceable());
+        let superseded = replaced.chain(self.superseded.iter().copied()).collect();
+        (!self.runs.is_empty()).then(|| Build {
+            superseded,
+            generation,
+            ..self.build(head, &self.runs, false, &|_| true)
+        })
     }
 
     /// Forgets packs that have a permit.
@@ -634,8 +657,8 @@ impl Index {
         (self.runs.len(), self.runs.iter().map(|run| run.head.ends.entries).sum())
     }
 
-    /// What [`Index::witnessed`] says, of the ends of the runs alone.
-    pub fn witnessed_by_ends(files: &dyn Files, keys: &Keys) -> Result<u64, PoolError> {
+    /// What [`Index::witnessed`] says, of the ends of the runs alone; of those of `generation` and later.
+    pub fn witnessed_by_ends(files: &dyn Files, keys: &Keys, generation: u16) -> Result<u64, PoolError> {
         let entries = match files.list("index") {
             Ok(entries) => entries,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
@@ -643,6 +666,7 @@ impl Index {
         };
         let numbers = entries.iter().filter_map(|entry| run::number(&entry.name));
         let ends = numbers.filter_map(|number| Ends::read(files, keys, number).ok());
+        let ends = ends.filter(|ends| ends.generation >= generation);
         Ok(ends.map(|ends| ends.ends.witnessed).max().unwrap_or(0))
     }
 

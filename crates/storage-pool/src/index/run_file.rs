@@ -19,8 +19,6 @@ const TOGETHER: u64 = 32;
 /// A run. Its fences and packs are in memory from the start; a partition's filter from the first look into it.
 pub(crate) struct Run {
     pub head: RunHead,
-    /// Key generation of its file.
-    pub generation: u16,
     key: [u8; 32],
     file: Box<dyn ReadFile>,
     pub path: String,
@@ -32,7 +30,8 @@ pub(crate) struct Run {
 /// Header and trailer of a run, and the file they are of.
 pub(super) struct Ends {
     pub ends: RunEnds,
-    generation: u16,
+    /// Key generation of the file.
+    pub generation: u16,
     key: [u8; 32],
     file: Box<dyn ReadFile>,
     path: String,
@@ -87,14 +86,14 @@ impl Run {
         Run::of_ends(Ends::read_as(PagesOf::Counts, files, &key, keys.pool(), number, &name)?)
     }
 
-    fn of_ends(Ends { ends, generation, key, file, path }: Ends) -> Result<Run, PoolError> {
+    pub(super) fn of_ends(Ends { ends, key, file, path, .. }: Ends) -> Result<Run, PoolError> {
         let (at, length) = ends.tail();
         let mut bytes = vec![0u8; length as usize];
         file.read_exact_at(at, &mut bytes).map_err(|source| PoolError::io(path.clone(), "read", source))?;
         let head = RunHead::decode(&key, ends, &bytes).map_err(|error| error.in_file(path.clone()))?;
         let starts: Vec<u64> = head.fences.iter().step_by(PARTITION_PAGES as usize).copied().collect();
         let filters = starts.iter().map(|_| OnceLock::new()).collect();
-        Ok(Run { head, generation, key, file, path, starts, filters })
+        Ok(Run { head, key, file, path, starts, filters })
     }
 
     pub fn number(&self) -> u64 {

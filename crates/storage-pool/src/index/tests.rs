@@ -110,7 +110,7 @@ fn a_rewrite_touches_only_runs_that_name_what_goes() {
     let mut all = 0;
     index.for_each(|_, _| all += 1).unwrap();
     assert_eq!(all, 20);
-    assert_eq!(Index::witnessed_by_ends(&*files, &keys()).unwrap(), 2);
+    assert_eq!(Index::witnessed_by_ends(&*files, &keys(), 0).unwrap(), 2);
 }
 
 /// The same chunk in more packs than a page has entries: all places are found, across pages.

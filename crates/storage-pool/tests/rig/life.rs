@@ -434,6 +434,7 @@ impl Life {
                         Ok(format!("undeleted {id}"))
                     }
                     Err(PoolError::Misuse(_)) => Ok(format!("{id} is expired")),
+                    Err(error @ PoolError::Stopped { .. }) => Ok(format!("undelete: {error}")),
                     Err(error) => Err(error),
                 }
             }
