@@ -144,22 +144,23 @@ impl ReadFile for File {
         positioned::read_exact_at(self, offset, buf)
     }
 
+    #[cfg(target_os = "linux")]
     fn drop_cached(&self, offset: u64, length: u64) {
-        #[cfg(target_os = "linux")]
-        if let Some(length) = std::num::NonZeroU64::new(length) {
-            let _ = rustix::fs::fadvise(self, offset, Some(length), rustix::fs::Advice::DontNeed);
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = (offset, length);
+        advise(self, offset, length, rustix::fs::Advice::DontNeed);
     }
 
+    #[cfg(target_os = "linux")]
     fn will_read(&self, offset: u64, length: u64) {
-        #[cfg(target_os = "linux")]
-        if let Some(length) = std::num::NonZeroU64::new(length) {
-            let _ = rustix::fs::fadvise(self, offset, Some(length), rustix::fs::Advice::WillNeed);
-        }
-        #[cfg(not(target_os = "linux"))]
-        let _ = (offset, length);
+        advise(self, offset, length, rustix::fs::Advice::WillNeed);
+    }
+}
+
+/// A length of zero would mean all of the file.
+#[cfg(target_os = "linux")]
+fn advise(file: &File, offset: u64, length: u64, advice: rustix::fs::Advice) {
+    if let Some(length) = std::num::NonZeroU64::new(length) {
+        // Advice: where it is not taken, nothing is lost.
+        let _ = rustix::fs::fadvise(file, offset, Some(length), advice);
     }
 }
 

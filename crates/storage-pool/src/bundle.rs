@@ -19,6 +19,7 @@ use crate::format::{FormatError, record};
 use crate::keys::Keys;
 use crate::sequence::{self, Unpublished};
 use crate::state::{State, Unreadable};
+use crate::world::names_in;
 
 /// So many records that are in no bundle get one.
 pub const BUNDLE_RECORDS: u64 = 16;
@@ -61,12 +62,7 @@ pub(crate) struct Bundles {
 
 /// Spans of all bundles that are there.
 pub(crate) fn list(files: &dyn Files) -> Result<Vec<Span>, PoolError> {
-    let names = match files.names("index") {
-        Ok(names) => names,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
-    };
-    let mut spans: Vec<Span> = names
+    let mut spans: Vec<Span> = names_in(files, "index")?
         .iter()
         .filter_map(|name| bundle::span(name))
         .map(|(first, last)| Span { first, last })

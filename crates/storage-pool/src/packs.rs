@@ -235,8 +235,6 @@ fn open_frame(
 const CACHED_FRAMES: usize = 48;
 /// Frames of a damaged pack that are asked of which key generation it is.
 const PROBES: usize = 64;
-/// Bytes at the end of a pack of which storage is told before it is opened: most tables are shorter.
-const TABLE_GUESS: u64 = 32 << 10;
 /// Pack files kept open by a reader: a point that grew over a season lies in a hundred, and each opening proves a frame.
 const OPEN_PACKS: usize = 256;
 
@@ -486,17 +484,6 @@ impl PackReader {
         let decoded = Arc::new(DecodedFrame { content, spans });
         self.frames.lock().unwrap_or_else(PoisonError::into_inner).put(key, decoded.clone());
         Ok(decoded)
-    }
-
-    /// Tells storage that a pack will be opened: its header is read then, and its table, which stands at its end.
-    pub fn will_open(&self, pack: PackId) {
-        if self.open.lock().unwrap_or_else(PoisonError::into_inner).get(&pack).is_some() {
-            return;
-        }
-        let Ok(file) = self.files.open(&pack::name(pack)) else { return };
-        let Ok(length) = file.len() else { return };
-        file.will_read(0, HEADER as u64);
-        file.will_read(length.saturating_sub(TABLE_GUESS), TABLE_GUESS);
     }
 
     /// Tells storage that these bytes of a pack will be read. A pack that cannot be opened is told to whoever reads it.

@@ -104,22 +104,15 @@ impl Pool {
     /// Tells storage which frames will be read for these blocks, so that it begins with all of them. A hint: what is wrong
     /// is found by whoever reads.
     pub(crate) fn will_read(&self, keys: &DomainKeys, ids: impl Iterator<Item = ChunkId>) {
-        let places = ids.filter_map(|id| {
-            let held = self.tables().find(&id);
-            held.or_else(|| self.find(&id).ok()?.first().copied())
-        });
+        let places = ids.filter_map(|id| self.find_near(&id, |_| true).ok()?.first().copied());
         let mut frames: Vec<(PackId, u32)> = places.map(|place| (place.pack, place.frame())).collect();
         frames.sort_unstable();
         frames.dedup();
-        // All of them first: storage brings them side by side.
-        let packs = frames.chunk_by(|one, next| one.0 == next.0).filter_map(|frames| Some(frames.first()?.0));
-        packs.for_each(|pack| self.reader.will_open(pack));
         let is_joined =
             |one: &(PackId, u32), next: &(PackId, u32)| one.0 == next.0 && next.1 - one.1 <= FRAME_GUESS;
         for run in frames.chunk_by(is_joined) {
             if let (Some(&(pack, first)), Some(&(_, last))) = (run.first(), run.last()) {
                 self.reader.will_read(pack, keys.domain, first..last.saturating_add(FRAME_GUESS));
-                self.meet(pack);
             }
         }
     }

@@ -795,11 +795,15 @@ impl Pool {
         // A reclaim decides by the same state, so the look and the record must be one step.
         self.append_if(Kind::Undelete, |state| {
             let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
-            if let Some(record) = state.unreadable.first() {
-                return Err(PoolError::Stopped { reason: format!("{}: {}", record.path, record.reason) });
-            }
             if point.deleted.is_none() {
                 return Ok(None);
+            }
+            if let Some(record) = state.unreadable.first() {
+                let reason = format!(
+                    "{}: {}; it may say that the point is gone already: give the record back from a copy, then try again",
+                    record.path, record.reason
+                );
+                return Err(PoolError::Stopped { reason });
             }
             if state.is_expired(point, self.settings.soft_delete) {
                 return Err(PoolError::Misuse(format!(

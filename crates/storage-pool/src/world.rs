@@ -1,5 +1,6 @@
 //! What a pool stands in: its files, a clock, randomness.
 
+use std::io;
 use std::sync::Arc;
 
 use environment::{Clock, Files, Randomness};
@@ -7,6 +8,14 @@ use environment::{Clock, Files, Randomness};
 use crate::error::PoolError;
 use crate::kit::RecipientId;
 use crate::sequence;
+
+/// Names of what a folder of the pool holds, in order; none where it is missing.
+pub(crate) fn names_in(files: &dyn Files, folder: &str) -> Result<Vec<String>, PoolError> {
+    match files.names(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        found => found.map_err(|source| PoolError::io(files.display(folder), "list", source)),
+    }
+}
 
 /// The world around a pool.
 #[derive(Clone)]

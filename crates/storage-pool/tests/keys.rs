@@ -51,10 +51,16 @@ fn can_have(pool: &Arc<Pool>, point: u8, content: &[(u64, u64)]) -> Option<bool>
 const FIRST: [(u64, u64); 3] = [(0, 1), (1, 2), (4, 3)];
 const SECOND: [(u64, u64); 3] = [(0, 1), (1, 4), (4, 3)];
 
-fn rotated() -> (Rig, Recipient) {
+/// A pool with the first point.
+fn stored() -> (Rig, Arc<Pool>) {
     let rig = Rig::new(1, Settings::without_safety());
     let pool = rig.writer(1).unwrap();
     store(&pool, &order(1, None, &FIRST)).unwrap();
+    (rig, pool)
+}
+
+fn rotated() -> (Rig, Recipient) {
+    let (rig, pool) = stored();
     let other = add_kit(&pool);
     assert_eq!(pool.rotate_keys(&[other.id]).unwrap(), 1);
     store(&pool, &order(2, Some(1), &[(1, 4)])).unwrap();
@@ -89,9 +95,7 @@ fn after_a_rotation_everybody_left_has_everything_and_who_was_removed_nothing_ne
 /// Equal content keeps its chunk id over a rotation, so it is not stored again; nothing old is rewritten.
 #[test]
 fn a_rotation_rewrites_nothing_and_dedup_goes_on() {
-    let rig = Rig::new(1, Settings::without_safety());
-    let pool = rig.writer(1).unwrap();
-    store(&pool, &order(1, None, &FIRST)).unwrap();
+    let (rig, pool) = stored();
     let before = rig.files.snapshot();
     pool.rotate_keys(&[]).unwrap();
     for (name, bytes) in before.files() {
@@ -250,9 +254,7 @@ fn every_flipped_bit_of_key_files_is_told() {
 /// it is done; and what is acknowledged holds (INV-1, INV-4).
 #[test]
 fn every_crash_of_a_rotation() {
-    let rig = Rig::new(1, Settings::without_safety());
-    let pool = rig.writer(1).unwrap();
-    store(&pool, &order(1, None, &FIRST)).unwrap();
+    let (rig, pool) = stored();
     store(&pool, &order(2, Some(1), &[(1, 4)])).unwrap();
     let other = add_kit(&pool);
     drop(pool);
@@ -760,9 +762,7 @@ fn a_table_of_a_removed_recipient_proves_nothing() {
 /// That a pack is missing is known to the index alone, so a rotation that is cut off anywhere keeps it.
 #[test]
 fn a_rotation_forgets_no_missing_pack() {
-    let rig = Rig::new(1, Settings::without_safety());
-    let pool = rig.writer(1).unwrap();
-    store(&pool, &order(1, None, &FIRST)).unwrap();
+    let (rig, pool) = stored();
     drop(pool);
     let mut snapshot = rig.files.snapshot();
     let packs = snapshot.files().map(|(name, _)| name.to_owned()).filter(|name| name.starts_with("packs/"));
@@ -791,9 +791,7 @@ fn a_rotation_forgets_no_missing_pack() {
 /// The forgeries of the test above are believed where nobody was removed.
 #[test]
 fn the_same_run_and_pack_count_where_nobody_was_removed() {
-    let rig = Rig::new(1, Settings::without_safety());
-    let pool = rig.writer(1).unwrap();
-    store(&pool, &order(1, None, &FIRST)).unwrap();
+    let (rig, pool) = stored();
     drop(pool);
     let before = rig.files.snapshot();
     forged_pack(&rig, &before, (8, 9));

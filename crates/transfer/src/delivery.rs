@@ -640,7 +640,7 @@ fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>
 /// that is asked for one piece after the other answers each after its latency.
 const TOLD_AHEAD: u64 = (16 << 20) / BLOCK_BYTES;
 
-/// What comes next, of which storage has been told.
+/// What comes next. Storage has been told of it, unless the reading threads waited for it.
 #[derive(Default)]
 struct Ahead {
     /// Blocks, and whether they may hold data.

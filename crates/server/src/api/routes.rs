@@ -315,7 +315,9 @@ struct PointsQuery {
     limit: Option<u32>,
 }
 
-/// List recovery points, oldest first.
+/// List recovery points, oldest first. In a pool of more than 1000 points their unique bytes are left out, and that a
+/// pack is missing shows in their states only if this server has used the pool's index since it began; showing one point and
+/// verify always tell.
 #[utoipa::path(get, path = "/recovery-points", tag = "recovery-points", params(PointsQuery),
     responses((status = 200, body = Page<RecoveryPoint>), (status = "default", body = ProblemBody)))]
 async fn recovery_points(

@@ -12,6 +12,7 @@ use crate::index::{Cursor, Run};
 use crate::keys::Keys;
 use crate::mark::Roots;
 use crate::sorter::{Reader, Sorted};
+use crate::world::names_in;
 
 /// An id and how much its count changes.
 pub(super) const CHANGE: usize = 24;
@@ -112,12 +113,8 @@ pub(super) fn packs_of(files: &[Arc<Run>]) -> Result<Packs, PoolError> {
 
 /// Numbers of the files that are there, ascending.
 pub(super) fn numbers(files: &dyn Files) -> Result<Vec<u64>, PoolError> {
-    let entries = match files.list("index") {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
-    };
-    let mut numbers: Vec<u64> = entries.iter().filter_map(|entry| counts_number(&entry.name)).collect();
+    let mut numbers: Vec<u64> =
+        names_in(files, "index")?.iter().filter_map(|name| counts_number(name)).collect();
     numbers.sort_unstable();
     Ok(numbers)
 }

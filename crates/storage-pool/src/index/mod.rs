@@ -27,6 +27,7 @@ use crate::format::pack::{self, PackHeader, PackKind};
 use crate::format::run::{self, RunEntry, RunPack};
 use crate::keys::Keys;
 use crate::packs;
+use crate::world::names_in;
 
 pub use crate::packs::{FinishedPack, read_table};
 use build::Naming;
@@ -120,8 +121,7 @@ impl Index {
         // Runs before packs: a run names only packs that were there before it.
         let mut runs = Vec::new();
         let (mut unreadable, mut older) = (Vec::new(), Vec::new());
-        for entry in list("index")? {
-            let Some(number) = run::number(&entry.name) else { continue };
+        for number in names_in(&*files, "index")?.iter().filter_map(|name| run::number(name)) {
             let run = Ends::read(&*files, keys, number).and_then(|ends| match ends.generation < generation {
                 true => Ok(None),
                 false => Run::of_ends(ends).map(Some),
@@ -659,12 +659,8 @@ impl Index {
 
     /// What [`Index::witnessed`] says, of the ends of the runs alone; of those of `generation` and later.
     pub fn witnessed_by_ends(files: &dyn Files, keys: &Keys, generation: u16) -> Result<u64, PoolError> {
-        let entries = match files.list("index") {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-            Err(source) => return Err(PoolError::io(files.display("index"), "list", source)),
-        };
-        let numbers = entries.iter().filter_map(|entry| run::number(&entry.name));
+        let names = names_in(files, "index")?;
+        let numbers = names.iter().filter_map(|name| run::number(name));
         let ends = numbers.filter_map(|number| Ends::read(files, keys, number).ok());
         let ends = ends.filter(|ends| ends.generation >= generation);
         Ok(ends.map(|ends| ends.ends.witnessed).max().unwrap_or(0))
