@@ -6,6 +6,8 @@ mod rig;
 use environment::simulated::{ReadFault, SimulatedFiles};
 use model::RecoveryPointId;
 use rig::{NOW, Order, Rig, block, is_exact, store};
+use storage_pool::format::pack;
+use storage_pool::reclaim::ReclaimOptions;
 use storage_pool::{FullCompare, Ingest, NewDisk, NewPoint, PoolError, Settings};
 
 fn order(n: u8, base: Option<u8>, changes: &[(u64, u64)]) -> Order {
@@ -133,4 +135,25 @@ fn a_record_that_reads_back_differently_is_not_acknowledged() {
         assert!(pool.state().unreadable.is_empty());
         pool.put_document("other", Some(b"new")).unwrap();
     }
+}
+
+/// INV-3, INV-11: a backup while packs wait for their end (duplicacy #98, #335, kopia #1949). Nothing new stands on them: where
+/// they are gone, the new point is whole.
+#[test]
+fn nothing_new_stands_on_packs_in_quarantine() {
+    let rig = Rig::new(35, Settings { reclaim_hold: 3 * 86_400, ..Settings::without_safety() });
+    let pool = rig.writer(1).unwrap();
+    let first = order(1, None, &[(0, 2), (1, 3)]);
+    store(&pool, &first).unwrap();
+    pool.delete_point(first.id, "test").unwrap();
+    pool.reclaim(ReclaimOptions::default(), &rig.deletion()).unwrap();
+    let waiting: Vec<_> = pool.state().quarantined.keys().copied().collect();
+    assert!(!waiting.is_empty());
+    let again = order(2, None, &[(0, 2), (1, 3)]);
+    store(&pool, &again).unwrap();
+    drop(pool);
+    let mut snapshot = rig.files.snapshot();
+    waiting.iter().for_each(|id| snapshot.remove(&pack::name(*id)));
+    let without = rig.on(SimulatedFiles::from_snapshot(36, &snapshot)).reader().unwrap();
+    assert_eq!(is_exact(&without, again.id, &again.changes), Ok(true));
 }

@@ -10,6 +10,7 @@ use crossbeam_channel::unbounded;
 use model::{BLOCK_BYTES, ByteRange, Cause, RangeSet};
 
 use super::*;
+use crate::digest::digest_runs;
 use crate::message::{Bitmap, Report, Run, ToAgent, ToServer};
 
 fn full() -> DiskOrder {
@@ -659,6 +660,13 @@ fn a_hostile_agent_gets_nowhere() {
         ),
         ("finish without the required", needs(), vec![hello(), finish(0)]),
         ("finish without data", some(), vec![hello(), say(0, runs(0, &[1])), finish(1)]),
+        ("finish without data, and all else right", some(), {
+            let mut digest = blake3::Hasher::new();
+            digest_runs(&mut digest, 0, &runs(0, &[1]));
+            let digest = *digest.finalize().as_bytes();
+            let report = Report { digest, next_rotations: vec![0], ..Report::default() };
+            vec![hello(), say(0, runs(0, &[1])), ToServer::Finish { batch: 1, report }]
+        }),
         ("wrong digest", some(), vec![hello(), finish(0)]),
         (
             "full twice",
