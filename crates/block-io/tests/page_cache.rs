@@ -51,8 +51,19 @@ fn in_memory(file: &File) -> BTreeSet<u64> {
     found
 }
 
+/// Dropping is advice: on a busy machine the kernel keeps a page that somebody has in hand just then. So one of three
+/// readings must leave exactly what was there.
 #[test]
 fn a_disk_that_is_read_leaves_the_page_cache_as_it_was() {
+    // The piece of page 20 begins with a page that was not in memory: of such a piece nothing is kept.
+    let kept: BTreeSet<u64> = (32..70).chain([160]).collect();
+    let left: Vec<BTreeSet<u64>> = (0..3).map(|_| left_by_a_reading()).collect();
+    assert!(left.contains(&kept), "{left:?}");
+    let all: BTreeSet<u64> = left.into_iter().reduce(|one, other| &one & &other).unwrap();
+    assert_eq!(all, kept, "what the machines use stays each time");
+}
+
+fn left_by_a_reading() -> BTreeSet<u64> {
     let folder = folder();
     let (path, other) = cold(folder.path());
     // What the machines use: a stretch that begins and ends within pieces of 64 KiB, and one page at the start of a piece.
@@ -65,9 +76,7 @@ fn a_disk_that_is_read_leaves_the_page_cache_as_it_was() {
         device.read_at((number as u64) << 20, part).unwrap();
     }
     assert_eq!(read, content());
-    // The piece of page 20 begins with a page that was not in memory: of such a piece nothing is kept.
-    let kept: BTreeSet<u64> = (32..70).chain([160]).collect();
-    assert_eq!(in_memory(&other), kept);
+    in_memory(&other)
 }
 
 #[test]

@@ -266,13 +266,17 @@ impl History {
         damage
     }
 
-    /// Closes the catalog in order.
+    /// Closes the catalog in order. A reader's copy goes with it and does not come again: a thread that still answers somebody
+    /// may hold all of this until the process is gone, and then nobody drops it.
     pub fn close(&self, pool: &Pool) -> Result<(), Problem> {
         self.sync(pool)?;
-        match self.inner().catalog.take() {
-            Some(catalog) => catalog.close().map_err(Problem::from),
-            None => Ok(()),
-        }
+        let mut inner = self.inner();
+        inner.uncopied = false;
+        let (catalog, copy) = (inner.catalog.take(), inner.copy.take());
+        drop(inner);
+        let closed = catalog.map_or(Ok(()), |catalog| catalog.close().map_err(Problem::from));
+        drop(copy);
+        closed
     }
 
     /// Keeps an ended job with its log.
@@ -317,10 +321,11 @@ impl History {
     }
 
     fn kept(&self, id: JobId) -> Option<KeptJob> {
-        let inner = self.known();
-        if let Some(kept) = inner.unkept.get(&id) {
+        // A reader that follows its own job needs no copy of the database for it.
+        if let Some(kept) = self.inner().unkept.get(&id) {
             return Some(kept.clone());
         }
+        let inner = self.known();
         let row = inner.catalog.as_ref()?.job(&id.to_string()).ok()??;
         serde_json::from_str(&row.json).ok()
     }
@@ -612,7 +617,34 @@ fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
 
 #[cfg(test)]
 mod tests {
-    use super::is_unfinished;
+    #![allow(clippy::unwrap_used)]
+    use super::{History, is_unfinished};
+    use crate::app::{DataFolder, FolderOptions, NewPool};
+    use environment::{FolderFiles, SystemClock, SystemRandomness};
+    use std::sync::Arc;
+    use storage_pool::{Settings, World};
+
+    /// Whoever still holds the history when the process ends keeps no copy of the database lying about.
+    #[test]
+    fn a_closed_reader_leaves_no_copy_though_it_is_held() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = DataFolder::new(root.path().join("data"));
+        let files = Arc::new(FolderFiles::new(folder.pool()));
+        let world = World { files, clock: Arc::new(SystemClock), randomness: Arc::new(SystemRandomness) };
+        let create = Some(NewPool { settings: Settings::without_safety(), kit: None });
+        let options = FolderOptions { create, pool: None, writes: true };
+        let opened = folder.open(&world, &options, "test").unwrap();
+        let (writer, _) = History::open(&folder.catalog(), &opened.pool, true).unwrap();
+        writer.close(&opened.pool).unwrap();
+
+        let (reader, _) = History::open(&folder.catalog(), &opened.pool, false).unwrap();
+        assert!(reader.jobs().is_empty());
+        let copy = reader.inner().copy.as_ref().unwrap().folder.path().to_owned();
+        assert!(copy.join("catalog.db").exists());
+        reader.close(&opened.pool).unwrap();
+        assert!(!copy.exists());
+        assert!(reader.jobs().is_empty() && reader.inner().copy.is_none(), "nor another one");
+    }
 
     #[test]
     fn a_copy_that_was_not_written_to_its_end_is_told_from_damage() {

@@ -546,7 +546,7 @@ impl World {
             let is_closed = is_closed || folder.starts_with(self.copy());
             for entry in fs::read_dir(&folder).unwrap().flatten() {
                 let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-                let is_stray = folder == self.program.temporary && !is_just_begun(&path)
+                let is_stray = folder == self.program.temporary
                     || is_closed && folder.ends_with("staging")
                     || folder.ends_with("recovered")
                     || name.starts_with(".stillpoint-frozen")
@@ -711,14 +711,6 @@ impl World {
     pub fn story(&self) -> String {
         self.story.iter().rev().take(4).rev().cloned().collect::<Vec<_>>().join("\n")
     }
-}
-
-/// Whether this is a reader's copy of the catalog that has not got its lock's name yet: the others leave it alone for a
-/// minute, since it may be a living reader's.
-fn is_just_begun(path: &Path) -> bool {
-    let is_copy =
-        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("stillpoint-catalog-"));
-    is_copy && !path.join("in-use").exists()
 }
 
 /// A kill is no damage: no command after it may speak of any.
