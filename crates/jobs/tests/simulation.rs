@@ -86,8 +86,27 @@ impl Life {
             _ => {
                 let disk = self.below(sizes.len() as u64) as usize;
                 self.fabric.host.change(|disks| disks[disk].resize(size, 0));
-                self.changed.remove(&(disk as u32));
+                self.resized(disk);
             }
+        }
+    }
+
+    /// Who tracks changes loses track of a disk that gets another size: then the size tells. Of one that gets the size of a point
+    /// again it must say that all may have changed, or it lies.
+    fn resized(&mut self, disk: usize) {
+        let size = self.sizes()[disk] as u64;
+        let state = self.fabric.pool().state();
+        let is_known = state
+            .points
+            .values()
+            .flat_map(|point| &point.disks)
+            .any(|known| known.index as usize == disk && known.size == size);
+        drop(state);
+        if is_known {
+            let all = RangeSet::from_ranges(vec![model::ByteRange { start: 0, end: size }]);
+            self.changed.insert(disk as u32, all);
+        } else {
+            self.changed.remove(&(disk as u32));
         }
     }
 
@@ -156,7 +175,7 @@ impl Life {
         let result = self.fabric.run(&wish);
         self.fabric.host.forget_plan();
         if is_before {
-            self.changed.remove(&0);
+            self.resized(0);
         }
         self.steps.push(match &result {
             Ok(outcome) => format!("{told}: {} {}", outcome.point.id, outcome.point.cause),

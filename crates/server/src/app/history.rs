@@ -71,6 +71,7 @@ impl History {
     /// they are behind or were damaged. A reader looks at a copy and changes nothing.
     pub fn open(folder: &Path, pool: &Pool, writes: bool) -> Result<(History, Vec<String>), Problem> {
         let mut said = Vec::new();
+        sweep_copies();
         if !writes {
             let inner = Inner {
                 catalog: None,
@@ -460,14 +461,14 @@ fn record_path(folder: &Path, number: u64) -> PathBuf {
     folder.join("records").join(format!("{number:016x}.record"))
 }
 
-/// A reader's own copy of the database, so that it neither disturbs a writer nor writes beside a read-only pool.
 /// Readers' copies of a catalog, in the system's temporary folder: recognised by name, alive while its lock is held.
 const COPY_PREFIX: &str = "stillpoint-catalog-";
 const COPY_LOCK: &str = "in-use";
 /// A copy whose lock file has not got its name yet is just being made, or was killed right then.
 const COPY_BEGINS: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// A reader's copy of the database. It goes with the reader; what a killed one leaves, the next one removes.
+/// A reader's own copy of the database, so that it neither disturbs a writer nor writes beside a read-only pool. It goes with
+/// the reader; what a killed one leaves, the next opening of any catalog removes.
 struct Copy {
     folder: tempfile::TempDir,
     _lock: std::fs::File,
@@ -481,7 +482,6 @@ impl Copy {
         let lock = std::fs::File::create_new(&unnamed)?;
         lock.try_lock().map_err(std::io::Error::from)?;
         std::fs::rename(&unnamed, folder.path().join(COPY_LOCK))?;
-        sweep_copies(folder.path());
         for entry in std::fs::read_dir(catalog)? {
             let entry = entry?;
             if entry.file_type()?.is_file() {
@@ -492,13 +492,14 @@ impl Copy {
     }
 }
 
-/// Removes copies of readers that were killed, our own user's only. What cannot be removed is no reader's trouble.
-fn sweep_copies(own: &Path) {
-    let (Some(around), Ok(me)) = (own.parent(), std::fs::metadata(own)) else { return };
-    for entry in std::fs::read_dir(around).into_iter().flatten().flatten() {
-        let is_copy = entry.file_name().to_string_lossy().starts_with(COPY_PREFIX);
+/// Removes copies of readers that were killed, our own user's only. What cannot be removed is nobody's trouble.
+fn sweep_copies() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(COPY_PREFIX) {
+            continue;
+        }
         let Ok(found) = entry.metadata() else { continue };
-        if !is_copy || !found.is_dir() || entry.path() == own || !same_owner(&me, &found) {
+        if !found.is_dir() || !is_ours(&found) {
             continue;
         }
         let is_dead = match std::fs::File::open(entry.path().join(COPY_LOCK)) {
@@ -512,13 +513,12 @@ fn sweep_copies(own: &Path) {
 }
 
 #[cfg(unix)]
-fn same_owner(a: &std::fs::Metadata, b: &std::fs::Metadata) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    a.uid() == b.uid()
+fn is_ours(found: &std::fs::Metadata) -> bool {
+    std::os::unix::fs::MetadataExt::uid(found) == rustix::process::geteuid().as_raw()
 }
 
 #[cfg(not(unix))]
-fn same_owner(_a: &std::fs::Metadata, _b: &std::fs::Metadata) -> bool {
+fn is_ours(_found: &std::fs::Metadata) -> bool {
     true
 }
 
@@ -618,7 +618,7 @@ fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::{History, is_unfinished};
+    use super::{COPY_LOCK, Copy, History, is_unfinished, sweep_copies};
     use crate::app::{DataFolder, FolderOptions, NewPool};
     use environment::{FolderFiles, SystemClock, SystemRandomness};
     use std::sync::Arc;
@@ -644,6 +644,17 @@ mod tests {
         reader.close(&opened.pool).unwrap();
         assert!(!copy.exists());
         assert!(reader.jobs().is_empty() && reader.inner().copy.is_none(), "nor another one");
+    }
+
+    /// What a killed reader left goes with the next command, also with one that makes no copy itself; a living one's stays.
+    #[test]
+    fn the_next_opening_removes_the_copy_of_a_killed_reader() {
+        let empty = tempfile::tempdir().unwrap();
+        let killed = Copy::of(empty.path()).unwrap().folder.keep();
+        let living = Copy::of(empty.path()).unwrap();
+        assert!(killed.join(COPY_LOCK).exists());
+        sweep_copies();
+        assert!(!killed.exists() && living.folder.path().exists());
     }
 
     #[test]
