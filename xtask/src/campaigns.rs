@@ -45,7 +45,16 @@ pub const CAMPAIGNS: &[Campaign] = &[
         name: "ENUM: storage pool, every crash state of every operation",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "test -q --locked --workspace --test crash_states -- --include-ignored --nocapture --test-threads=1",
+        night: "test -q --locked --workspace --test crash_states -- --nocapture --test-threads=1",
+        share: 0,
+        needs: None,
+    },
+    // Hours, not minutes: on its own, so that it keeps no other operation waiting.
+    Campaign {
+        name: "ENUM: storage pool, a job that commits after a reclaim beside it",
+        slice: None,
+        limit: FIVE_MINUTES,
+        night: "test -q --locked --workspace --test crash_states -- --ignored --nocapture",
         share: 0,
         needs: None,
     },

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// A shift that takes this long hangs.
 const LIMIT: Duration = Duration::from_secs(40 * 60);
+/// What runs once, to its end, may take this long.
+const WHOLE_LIMIT: Duration = Duration::from_secs(6 * 3600);
 /// A shift should not take much longer than this, so that a campaign ends near its time.
 const SHIFT: u64 = 300;
 
@@ -108,7 +110,8 @@ fn work(campaign: &Campaign, seconds: u64, seed: &Mutex<u64>, outcomes: &Mutex<V
         println!("night: {}, seed {seed}, {left} s left", campaign.name);
         let shift = Instant::now();
         let command = command(campaign.night, seed, left.clamp(20, SHIFT));
-        let ran = listen(&mut run::with_deadline(command, LIMIT));
+        let limit = if campaign.share == 0 { WHOLE_LIMIT } else { LIMIT };
+        let ran = listen(&mut run::with_deadline(command, limit));
         let (counts, failed) = match ran {
             Ok((counts, None)) => (counts, None),
             Ok((counts, Some(said))) => (counts, Some(said)),
