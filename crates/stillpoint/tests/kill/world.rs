@@ -536,6 +536,14 @@ impl World {
         let is_reader = matches!(kind, Kind::Verify | Kind::Recover | Kind::Copy);
         // A server at work has its database open, and a reader clears nothing up, because it writes nothing.
         let is_closed = self.program.network.is_none() && !is_reader;
+        // A reader's copy of the catalog that has not got its lock's name yet may be a living reader's: for a minute the others
+        // leave it alone, and no longer.
+        if fs::read_dir(&self.program.temporary).unwrap().flatten().any(|entry| is_just_begun(&entry.path()))
+        {
+            std::thread::sleep(std::time::Duration::from_secs(61));
+            let ended = self.program.run(&words(&["recovery-point", "list"]));
+            assert_eq!(ended.status, Some(0), "{}", ended.told());
+        }
         let mut strays = Vec::new();
         let mut folders = vec![self.folder.clone()];
         while let Some(folder) = folders.pop() {
@@ -711,6 +719,13 @@ impl World {
     pub fn story(&self) -> String {
         self.story.iter().rev().take(4).rev().cloned().collect::<Vec<_>>().join("\n")
     }
+}
+
+/// Whether this is a reader's copy of the catalog without its lock.
+fn is_just_begun(path: &Path) -> bool {
+    let is_copy =
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("stillpoint-catalog-"));
+    is_copy && !path.join("in-use").exists()
 }
 
 /// A kill is no damage: no command after it may speak of any.
