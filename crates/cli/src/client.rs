@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{Method, Request, Response, header};
 use http_body_util::BodyExt;
 use model::{Code, Problem};
-use protocol::api::{BASE, Page, ProblemBody};
+use protocol::api::{BASE, Direct, PAGE_ITEMS_MAX, Page, ProblemBody};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -14,6 +14,11 @@ use crate::transport::{Body, Transport};
 
 /// The largest answer that is read whole. Lists come in pages, so more is not an answer of ours.
 const ANSWER_BYTES: usize = 256 << 20;
+
+/// What an API answers with: from its text, or in the same process as it is.
+pub trait Answer: DeserializeOwned + Send + Sync + 'static {}
+
+impl<T: DeserializeOwned + Send + Sync + 'static> Answer for T {}
 
 /// Speaks to one API.
 #[derive(Clone)]
@@ -76,44 +81,38 @@ impl Client {
         Err(serde_json::from_slice::<ProblemBody>(&bytes).map_or_else(|_| broken(status), Problem::from))
     }
 
-    async fn ask<T: DeserializeOwned>(
-        &self,
-        method: Method,
-        path: &str,
-        body: Option<Vec<u8>>,
-    ) -> Result<T, Problem> {
-        let answer = self.send(method, path, body, None).await?;
+    async fn ask<T: Answer>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<T, Problem> {
+        let mut answer = self.send(method, path, body, None).await?;
+        if let Some(direct) = answer.extensions_mut().remove::<Direct>() {
+            return direct.take().ok_or_else(|| broken("it is of another kind than was asked for"));
+        }
         serde_json::from_slice(&whole(answer.into_body()).await?).map_err(broken)
     }
 
     /// GET.
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
+    pub async fn get<T: Answer>(&self, path: &str) -> Result<T, Problem> {
         self.ask(Method::GET, path, None).await
     }
 
     /// POST with a JSON body.
-    pub async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, Problem> {
+    pub async fn post<B: Serialize, T: Answer>(&self, path: &str, body: &B) -> Result<T, Problem> {
         let body = serde_json::to_vec(body).map_err(broken)?;
         self.ask(Method::POST, path, Some(body)).await
     }
 
     /// DELETE.
-    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
+    pub async fn delete<T: Answer>(&self, path: &str) -> Result<T, Problem> {
         self.ask(Method::DELETE, path, None).await
     }
 
     /// All pages of a list, one after the other; `path` may have a query.
-    pub async fn each<T: DeserializeOwned>(
-        &self,
-        path: &str,
-        mut take: impl FnMut(T),
-    ) -> Result<(), Problem> {
+    pub async fn each<T: Answer>(&self, path: &str, mut take: impl FnMut(T)) -> Result<(), Problem> {
         let joint = if path.contains('?') { '&' } else { '?' };
         let mut next: Option<String> = None;
         loop {
             let path = match &next {
-                Some(after) => format!("{path}{joint}limit=1000&after={}", coded(after)),
-                None => format!("{path}{joint}limit=1000"),
+                Some(after) => format!("{path}{joint}limit={PAGE_ITEMS_MAX}&after={}", coded(after)),
+                None => format!("{path}{joint}limit={PAGE_ITEMS_MAX}"),
             };
             let page: Page<T> = self.get(&path).await?;
             page.items.into_iter().for_each(&mut take);

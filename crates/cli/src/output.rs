@@ -262,15 +262,11 @@ pub fn line_of<T: Serialize>(kind: &str, value: &T) -> String {
 
 /// Names come from guests and files: nothing in them may steer a terminal.
 pub fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| {
-            if (c.is_control() && c != '\n') || ('\u{202a}'..='\u{202e}').contains(&c) {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect()
+    let is_safe = |c: char| (!c.is_control() || c == '\n') && !('\u{202a}'..='\u{202e}').contains(&c);
+    if text.chars().all(is_safe) {
+        return text.to_owned();
+    }
+    text.chars().map(|c| if is_safe(c) { c } else { '\u{fffd}' }).collect()
 }
 
 /// A size in KiB, MiB, GiB or TiB.

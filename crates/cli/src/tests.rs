@@ -267,7 +267,7 @@ fn lists_are_item_lines_and_tables() {
     for flags in ["--json", "", "--utc"] {
         let ran = ran(
             &format!("--standalone d {flags} rp list web"),
-            &[("GET /recovery-points?datasource=web&limit=1000", 200, points.clone())],
+            &[("GET /recovery-points?datasource=web&limit=10000", 200, points.clone())],
         );
         assert_eq!(ran.status, 0, "{}", ran.err);
         if flags == "--json" {

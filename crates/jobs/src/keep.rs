@@ -50,6 +50,7 @@ pub fn plan_prune(
         }
         Ok(false)
     };
+    let floor = pool.floor(machine);
     let live = state
         .in_order()
         .rev()
@@ -66,7 +67,7 @@ pub fn plan_prune(
         };
         if is_good && rank < keep {
             plan.kept.push(mark(format!("one of the last {keep} good points")));
-        } else if let Some(why) = pool.floor_keeps(point.id).map_err(problem::pool)? {
+        } else if let Some(why) = floor.keeps(point) {
             plan.kept.push(mark(format!("retention floor: {why}")));
         } else if !is_good && rank == 0 {
             // Nothing newer is good: a bad point may be all there is.

@@ -106,7 +106,9 @@ pub fn run(
         )
         .about(point.id.to_string()));
     }
-    let disk = point.disks.iter().find(|disk| disk.index == recovery.disk).ok_or_else(|| {
+    let found =
+        point.disks.iter().zip(point.details().descriptions).find(|(disk, _)| disk.index == recovery.disk);
+    let (disk, description) = found.ok_or_else(|| {
         Problem::new(
             Code::NotFound,
             format!(
@@ -126,7 +128,7 @@ pub fn run(
         format: recovery.format.clone(),
         size: disk.size,
         sector: disk.sector,
-        description: disk.description.clone(),
+        description,
         overwrite: recovery.overwrite,
         sync: recovery.sync,
         steer: context.steer().clone(),

@@ -393,7 +393,12 @@ pub fn run(
     let point = ingest.commit(id, new, new_disks).map_err(problem::pool)?;
     context.log(
         LogLevel::Info,
-        format!("Committed recovery point {}: {}, {}.", point.id, point.consistency.word(), point.cause),
+        format!(
+            "Committed recovery point {}: {}, {}.",
+            point.id,
+            point.consistency.word(),
+            point.details().cause
+        ),
     );
     Ok(Outcome { point, figures, stored, differences, suspects })
 }

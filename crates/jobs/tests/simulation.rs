@@ -178,14 +178,14 @@ impl Life {
             self.resized(0);
         }
         self.steps.push(match &result {
-            Ok(outcome) => format!("{told}: {} {}", outcome.point.id, outcome.point.cause),
+            Ok(outcome) => format!("{told}: {} {}", outcome.point.id, outcome.point.details().cause),
             Err(problem) => format!("{told}: {:?} {}", problem.code, problem.message),
         });
         match result {
             Ok(outcome) => {
                 self.figures.points += 1;
-                self.figures.listed += u64::from(outcome.point.cause.decision == "changed extents");
-                self.figures.caught += u64::from(outcome.point.cause.decision == "full compare");
+                self.figures.listed += u64::from(outcome.point.details().cause.decision == "changed extents");
+                self.figures.caught += u64::from(outcome.point.details().cause.decision == "full compare");
                 if !outcome.suspects.is_empty() && !self.lied {
                     return Err("points are suspect and nobody lied".to_owned());
                 }

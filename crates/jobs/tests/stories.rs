@@ -18,14 +18,14 @@ fn nothing() -> RangeSet {
 }
 
 fn cause(fabric: &Fabric, id: RecoveryPointId) -> String {
-    fabric.pool().point(id).unwrap().cause.to_string()
+    fabric.pool().point(id).unwrap().details().cause.to_string()
 }
 
 /// Runs with an empty list and expects that it was not believed, for this reason.
 fn not_believed(fabric: &mut Fabric, since: Option<RecoveryPointId>, why: &str) {
     fabric.host.write(0, 3, 900_000);
     let outcome = fabric.listed(&[(0, nothing())], since).unwrap();
-    let cause = outcome.point.cause.to_string();
+    let cause = outcome.point.details().cause.to_string();
     assert!(cause.starts_with("full scan because") && cause.contains(why), "{cause}");
     assert!(outcome.suspects.is_empty());
     fabric.examine();
@@ -75,11 +75,19 @@ fn a_list_is_used_only_against_its_base() {
     let first = fabric.protect().point.id;
     fabric.host.write(0, 4, 104);
     let second = fabric.listed(&[(0, list(&[4..5]))], Some(first)).unwrap();
-    assert!(second.point.cause.to_string().starts_with("changed extents"), "{}", second.point.cause);
+    assert!(
+        second.point.details().cause.to_string().starts_with("changed extents"),
+        "{}",
+        second.point.details().cause
+    );
     assert_eq!(second.figures.bytes_transferred, BLOCK_BYTES);
     fabric.host.write(0, 6, 106);
     let third = fabric.listed(&[(0, list(&[6..7]))], None).unwrap();
-    assert!(third.point.cause.to_string().contains("not stated"), "{}", third.point.cause);
+    assert!(
+        third.point.details().cause.to_string().contains("not stated"),
+        "{}",
+        third.point.details().cause
+    );
     not_believed(&mut fabric, Some(first), "list is against point");
     not_believed(&mut fabric, Some(RecoveryPointId([0xEE; 16])), "list is against point");
 }
@@ -94,7 +102,11 @@ fn after_the_newest_point_was_deleted_no_list_is_believed_once() {
     fabric.ledger.delete(second);
     not_believed(&mut fabric, None, "was deleted");
     let now = fabric.listed(&[(0, nothing())], None).unwrap();
-    assert!(now.point.cause.to_string().starts_with("changed extents"), "{}", now.point.cause);
+    assert!(
+        now.point.details().cause.to_string().starts_with("changed extents"),
+        "{}",
+        now.point.details().cause
+    );
     fabric.pool().undelete_point(second).unwrap();
     fabric.examine();
 }
@@ -147,9 +159,9 @@ fn a_lying_list_is_caught_and_made_good_in_the_same_run() {
     fabric.host.write(0, 15, 115);
     let outcome = fabric.listed(&[(0, list(&[6..7]))], Some(fourth)).unwrap();
     assert!(
-        outcome.point.cause.to_string().starts_with("full compare because: audit"),
+        outcome.point.details().cause.to_string().starts_with("full compare because: audit"),
         "{}",
-        outcome.point.cause
+        outcome.point.details().cause
     );
     assert_eq!(outcome.suspects, [fourth], "points up to the last full compare are above doubt");
     assert_eq!(fabric.alerts.len(), 1);
@@ -159,7 +171,11 @@ fn a_lying_list_is_caught_and_made_good_in_the_same_run() {
     assert_eq!(outcome.figures.bytes_changed, 2 * BLOCK_BYTES);
     // The full compare is one: the next list is believed, and doubt of the tracker begins anew from here.
     let next = fabric.listed(&[(0, nothing())], Some(outcome.point.id)).unwrap();
-    assert!(next.point.cause.to_string().starts_with("changed extents"), "{}", next.point.cause);
+    assert!(
+        next.point.details().cause.to_string().starts_with("changed extents"),
+        "{}",
+        next.point.details().cause
+    );
     fabric.examine();
 }
 
@@ -235,7 +251,11 @@ fn damaged_blocks_are_healed_by_a_run_with_a_list() {
     fabric.reopen();
     assert_eq!(fabric.verify().damaged_points, [first]);
     let outcome = fabric.listed(&[(0, nothing())], Some(first)).unwrap();
-    assert!(outcome.point.cause.to_string().contains("damaged and read again"), "{}", outcome.point.cause);
+    assert!(
+        outcome.point.details().cause.to_string().contains("damaged and read again"),
+        "{}",
+        outcome.point.details().cause
+    );
     let moved = outcome.figures.bytes_transferred / BLOCK_BYTES;
     assert!((1..=4).contains(&moved), "{moved} blocks");
     assert!(outcome.suspects.is_empty());
@@ -282,9 +302,9 @@ fn a_disk_that_grows_shrinks_comes_or_goes_is_read_in_full() {
             });
             let outcome = fabric.listed(&[(0, nothing())], Some(first)).unwrap();
             assert!(
-                outcome.point.cause.to_string().contains("bytes, the replica"),
+                outcome.point.details().cause.to_string().contains("bytes, the replica"),
                 "{}",
-                outcome.point.cause
+                outcome.point.details().cause
             );
             let moved = outcome.figures.bytes_transferred / BLOCK_BYTES;
             assert!(moved <= 1, "only the end is new, {moved} blocks moved from {before} to {after}");
@@ -304,11 +324,19 @@ fn where_a_disk_came_or_went_every_disk_is_read_in_full() {
     fabric.host.change(|disks| disks.insert(0, content(5000).repeat(10)));
     let outcome = fabric.listed(&[(0, nothing()), (1, nothing())], Some(first)).unwrap();
     assert!(outcome.suspects.is_empty());
-    assert!(outcome.point.cause.to_string().starts_with("full scan"), "{}", outcome.point.cause);
+    assert!(
+        outcome.point.details().cause.to_string().starts_with("full scan"),
+        "{}",
+        outcome.point.details().cause
+    );
     fabric.examine();
     fabric.host.change(|disks| disks.remove(0));
     let outcome = fabric.listed(&[(0, nothing())], Some(outcome.point.id)).unwrap();
-    assert!(outcome.point.cause.to_string().contains("the machine has 1 disks"), "{}", outcome.point.cause);
+    assert!(
+        outcome.point.details().cause.to_string().contains("the machine has 1 disks"),
+        "{}",
+        outcome.point.details().cause
+    );
     fabric.examine();
 }
 
@@ -320,7 +348,7 @@ fn one_disk_with_a_list_and_one_without() {
     fabric.host.write(1, 9, 109);
     let outcome = fabric.listed(&[(0, list(&[2..3]))], Some(first)).unwrap();
     assert_eq!(outcome.figures.bytes_transferred, 2 * BLOCK_BYTES);
-    let cause = outcome.point.cause.to_string();
+    let cause = outcome.point.details().cause.to_string();
     assert!(cause.starts_with("full scan of some disks"), "{cause}");
     let full: Vec<_> = outcome.point.disks.iter().map(|disk| disk.full_compare).collect();
     assert_eq!(full, [Some(first), Some(outcome.point.id)]);

@@ -30,7 +30,15 @@ macro_rules! ids {
 
         impl std::fmt::Display for $name {
             fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+                // At once: lists of many points spend their time here otherwise.
+                const DIGITS: [u8; 16] = *b"0123456789abcdef";
+                let mut text = [0; 32];
+                for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
+                    for (place, half) in pair.iter_mut().zip([byte >> 4, byte & 15]) {
+                        *place = DIGITS.get(usize::from(half)).copied().unwrap_or_default();
+                    }
+                }
+                f.write_str(std::str::from_utf8(&text).unwrap_or_default())
             }
         }
 

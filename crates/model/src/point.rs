@@ -90,7 +90,7 @@ impl PointState {
 ///
 /// `["list is against point X", "the replica is at Y"]` after `full scan` is shown as
 /// `full scan because: list is against point X, the replica is at Y`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cause {
     /// What was done: `full scan`, `changed extents`, `initial replication`, `consistency check`.
     pub decision: String,

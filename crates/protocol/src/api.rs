@@ -21,7 +21,7 @@ pub const BASE: &str = "/api/v1";
 /// Items of a page when the caller asks for no number.
 pub const PAGE_ITEMS: u32 = 100;
 /// The most items of a page.
-pub const PAGE_ITEMS_MAX: u32 = 1_000;
+pub const PAGE_ITEMS_MAX: u32 = 10_000;
 
 /// A point in time, on the wire as `2026-11-22T21:56:27Z`: whole seconds, UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,6 +104,23 @@ pub struct Page<T> {
     /// Give it as `after` to get the next page; absent on the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+}
+
+/// An answer to somebody in the same process: the value itself, beside an empty body. Long lists cost more as text, there and
+/// back, than they cost to make.
+#[derive(Debug, Clone)]
+pub struct Direct(std::sync::Arc<dyn std::any::Any + Send + Sync>);
+
+impl Direct {
+    /// Takes `value` along.
+    pub fn new<T: Send + Sync + 'static>(value: T) -> Direct {
+        Direct(std::sync::Arc::new(value))
+    }
+
+    /// The value, if it is of this type and nobody else has it.
+    pub fn take<T: Send + Sync + 'static>(self) -> Option<T> {
+        self.0.downcast::<T>().ok().and_then(std::sync::Arc::into_inner)
+    }
 }
 
 /// Which part of a list.

@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use environment::{Files, Randomness};
+use prost::bytes::Bytes;
 
 use crate::error::{Damage, PoolError};
 use crate::format::bundle::{self, BundleHeader, Bundled};
@@ -168,8 +169,8 @@ fn chain(files: &dyn Files, keys: &Keys, all: &[Span]) -> Result<Bundles, (Span,
             match open_with_generation(files, keys, span) {
                 Ok((_, generation)) if generation != keys.newest() => {}
                 Ok((content, _)) => {
-                    found.hash =
-                        apply(files, span, &content, &mut found.state).map_err(|error| (span, error))?;
+                    found.hash = apply(files, span, &Bytes::from(content), &mut found.state)
+                        .map_err(|error| (span, error))?;
                     found.spans.push(span);
                     is_taken = true;
                     break;
@@ -220,11 +221,11 @@ pub(crate) fn load_bundled(
 }
 
 /// Takes a bundle's opened content into `state`; gives the hash of its last record's file.
-fn apply(files: &dyn Files, span: Span, content: &[u8], state: &mut State) -> Result<[u8; 32], PoolError> {
+fn apply(files: &dyn Files, span: Span, content: &Bytes, state: &mut State) -> Result<[u8; 32], PoolError> {
     let mut number = span.first;
     let (_, hash) = bundle::records(content, span.count(), |record| {
         state
-            .apply(number, record.epoch, record.time, record.kind, record.payload)
+            .apply(number, record.epoch, record.time, record.kind, &content.slice_ref(record.payload))
             .map_err(|reason| FormatError::at(0, format!("record {number}: {reason}")))?;
         number += 1;
         Ok(())

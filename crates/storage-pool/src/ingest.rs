@@ -10,7 +10,7 @@ use crate::error::PoolError;
 use crate::examine::{self, Reading};
 use crate::format::node::levels;
 use crate::format::pack::{self, PackKind};
-use crate::format::payload::Kind;
+use crate::format::payload::{self, Kind};
 use crate::frame::{self, BLOCK};
 use crate::keys::DomainKeys;
 use crate::map::{MapEditor, MapReader, MapRoot, NodeSink, NodeSource};
@@ -18,7 +18,7 @@ use crate::packs::PackWriter;
 use crate::pass::Pass;
 use crate::places::Proof;
 use crate::pool::{Pool, PoolNodes};
-use crate::state::{self, Point, PointDisk, State};
+use crate::state::{Point, State};
 
 /// Nodes put into one frame.
 const NODES_A_FRAME: usize = 16;
@@ -257,6 +257,11 @@ fn holds(shared: &Shared, id: &ChunkId) -> Result<bool, PoolError> {
         shared.pool.append(Kind::Damage, &record)?;
     }
     Ok(false)
+}
+
+/// An id that may be absent, as a record has it.
+fn bytes_of(id: Option<RecoveryPointId>) -> Vec<u8> {
+    id.map(|id| id.0.to_vec()).unwrap_or_default()
 }
 
 /// What is said about a new point.
@@ -505,44 +510,39 @@ impl Ingest {
         self.settle()?;
         self.prove_base(new.base)?;
         self.prove_disks(&disks)?;
-        let point = Point {
-            number: 0,
-            id,
-            datasource: new.datasource,
+        let record = payload::Point {
+            point: id.0.to_vec(),
+            datasource: new.datasource.0.to_vec(),
             machine: new.machine,
             host: new.host,
-            domain: self.shared.keys.domain,
-            base: new.base,
-            captured: new.captured,
-            consistency: new.consistency,
+            domain: self.shared.keys.domain.0.to_vec(),
+            base: bytes_of(new.base),
+            captured: new.captured.0,
+            consistency: new.consistency.word().to_owned(),
             evidence: new.evidence,
-            cause: new.cause,
+            decision: new.cause.decision,
+            because: new.cause.because,
             disks: disks
                 .into_iter()
-                .map(|disk| PointDisk {
+                .map(|disk| payload::Disk {
                     index: disk.index,
                     size: disk.size,
                     sector: disk.sector,
-                    root: disk.map.root,
-                    levels: disk.map.levels,
+                    root: disk.map.root.map(|root| root.0.to_vec()).unwrap_or_default(),
+                    levels: u32::from(disk.map.levels),
                     description: disk.description,
                     audit_next: disk.audit_next,
                     full_compare: match disk.full_compare {
-                        FullCompare::Now => Some(id),
-                        FullCompare::At(earlier) => earlier,
+                        FullCompare::Now => id.0.to_vec(),
+                        FullCompare::At(earlier) => bytes_of(earlier),
                     },
                 })
                 .collect(),
-            job: new.job,
+            job: new.job.map(|job| job.0.to_vec()).unwrap_or_default(),
             figures: new.figures,
             definition: new.definition,
             incomplete: new.incomplete,
-            deleted: None,
-            suspect: None,
-            verified: None,
-            changed: 0,
         };
-        let record = state::encode_point(&point);
         let used: HashSet<PackId> = {
             let inner = self.shared.inner();
             {

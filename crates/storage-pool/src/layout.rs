@@ -148,8 +148,11 @@ impl Pool {
             let Some(since) = of_machine.iter().skip(1).take(EVERY).rfind(is_there) else {
                 return Ok(None);
             };
-            let changed =
-                of_machine.iter().take(EVERY).filter_map(|point| point.figures.get(CHANGED)).sum::<u64>();
+            let changed = of_machine
+                .iter()
+                .take(EVERY)
+                .filter_map(|point| point.details().figures.remove(CHANGED))
+                .sum::<u64>();
             (since.id, changed)
         };
         self.relay(point, Some(since), changed / SHARE).map(Some)

@@ -43,6 +43,7 @@ mod counts;
 pub mod deletion;
 pub mod error;
 mod examine;
+mod floor;
 pub mod format;
 mod frame;
 mod in_order;
@@ -76,6 +77,7 @@ pub mod verify;
 mod world;
 
 pub use error::{Damage, PoolError};
+pub use floor::Floor;
 pub use ingest::{FullCompare, Ingest, IngestFigures, JobNodes, NewDisk, NewPoint};
 pub use map::{MapEditor, MapReader, MapRoot};
 pub use packs::PACK_BYTES;

@@ -5,13 +5,15 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use environment::{Files, Lock};
-use model::{DomainId, PoolId, RecoveryPointId, Timestamp};
+use model::{DatasourceId, DomainId, PoolId, RecoveryPointId, Timestamp};
 use prost::Message;
+use prost::bytes::Bytes;
 
 use crate::activity::Activity;
 use crate::bundle::{self, Span};
 use crate::chunk::{ChunkId, ChunkKind, PackId};
 use crate::error::{Damage, PoolError};
+use crate::floor::{self, Floor};
 use crate::format::parity;
 use crate::format::payload::{self, Kind};
 use crate::format::twin;
@@ -528,10 +530,15 @@ impl Pool {
         (state.head, state.head_hash) = (number, appended.tip.hash);
         state.generation = state.generation.max(appended.tip.generation);
         self.keys.seal_under(state.generation);
-        state.apply(number, appended.tip.epoch, time, kind as u16, &appended.payload).map_err(|reason| {
-            writer.broken.get_or_insert(reason.clone());
-            PoolError::Misuse(format!("{}: {reason}", self.world.path(&crate::format::record::name(number))))
-        })?;
+        state.apply(number, appended.tip.epoch, time, kind as u16, &Bytes::from(appended.payload)).map_err(
+            |reason| {
+                writer.broken.get_or_insert(reason.clone());
+                PoolError::Misuse(format!(
+                    "{}: {reason}",
+                    self.world.path(&crate::format::record::name(number))
+                ))
+            },
+        )?;
         Ok(Some(number))
     }
 
@@ -777,7 +784,8 @@ impl Pool {
             if point.deleted.is_some() {
                 return Ok(None);
             }
-            match self.floor_keeps_in(state, point) {
+            let now = self.world.clock.now_micros();
+            match Floor::of(state, self.floor_terms(), now, Some(point.datasource)).keeps(point) {
                 Some(reason) => Err(PoolError::Kept { point: id, reason }),
                 None => Ok(Some(&record)),
             }
@@ -815,31 +823,13 @@ impl Pool {
         .map(drop)
     }
 
-    /// Why the floor keeps a point, if it does (INV-13): it is one of the machine's newest good points, or too young.
-    pub fn floor_keeps(&self, id: RecoveryPointId) -> Result<Option<String>, PoolError> {
-        let state = self.state();
-        let point = state.points.get(&id).ok_or(PoolError::NoSuchPoint(id))?;
-        Ok(self.floor_keeps_in(&state, point))
+    /// What the retention floor keeps now, of `machine` or of every machine.
+    pub fn floor(&self, machine: Option<DatasourceId>) -> Floor {
+        Floor::of(&self.state(), self.floor_terms(), self.world.clock.now_micros(), machine)
     }
 
-    fn floor_keeps_in(&self, state: &State, point: &Point) -> Option<String> {
-        let good = |point: &&Point| point.deleted.is_none() && point.suspect.is_none() && !point.incomplete;
-        let newest = state
-            .in_order()
-            .rev()
-            .filter(|other| other.datasource == point.datasource)
-            .filter(good)
-            .take(self.settings.floor_points as usize)
-            .any(|other| other.id == point.id);
-        if newest {
-            return Some(format!(
-                "it is one of the last {} good points of {}",
-                self.settings.floor_points, point.machine
-            ));
-        }
-        let age = self.world.clock.now_micros().saturating_sub(point.captured.0) / Timestamp::SECOND;
-        (age < self.settings.floor_age)
-            .then(|| format!("it is {age} s old, points younger than {} s are kept", self.settings.floor_age))
+    fn floor_terms(&self) -> floor::Terms {
+        floor::Terms { points: self.settings.floor_points, age: self.settings.floor_age }
     }
 
     /// Exact bytes of a record, for a copy elsewhere.

@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use environment::{Files, NewFile, Randomness};
 use prost::Message;
+use prost::bytes::Bytes;
 
 use crate::error::PoolError;
 use crate::format::FormatError;
 use crate::format::payload::{self, Kind};
 use crate::format::record::{self, RecordHeader};
 use crate::keys::Keys;
-use crate::state::{State, Unreadable};
+use crate::state::{self, State, Unreadable};
 
 /// A record as read: header, payload, and the hash of its file.
 struct Opened {
@@ -184,7 +185,11 @@ pub(crate) fn fold(
             // Its copy proves itself, the time it states does not: whoever was removed could end every hold with it.
             let is_older = header.generation < state.generation;
             let time = if is_older { state.last_time } else { header.time };
-            let applied = state.apply(number, header.epoch, time, header.kind, &payload);
+            let payload = Bytes::from(payload);
+            // A bundle's points are not taken apart when they are loaded; what comes from a record's own file is, once.
+            let applied =
+                if header.kind == Kind::Point as u16 { state::is_whole_point(&payload) } else { Ok(()) }
+                    .and_then(|()| state.apply(number, header.epoch, time, header.kind, &payload));
             if follows {
                 applied.err()
             } else {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use model::{Consistency, DatasourceId, DomainId, JobId, RecoveryPointId, Timestamp};
 use prost::Message;
+use prost::bytes::Bytes;
 
 use crate::chunk::{ChunkId, PackId};
 use crate::format::payload::{self, Kind};
@@ -25,8 +26,6 @@ pub struct PointDisk {
     pub root: Option<ChunkId>,
     /// Levels of its map.
     pub levels: u8,
-    /// What recovery needs to make the image again.
-    pub description: String,
     /// Where the audit goes on.
     pub audit_next: u64,
     /// The point that read this disk in full last.
@@ -47,8 +46,6 @@ pub struct Point {
     pub datasource: DatasourceId,
     /// The machine's name then.
     pub machine: String,
-    /// The host's name then.
-    pub host: String,
     /// Key domain.
     pub domain: DomainId,
     /// The point it was made from.
@@ -57,20 +54,12 @@ pub struct Point {
     pub captured: Timestamp,
     /// How far the view can be trusted.
     pub consistency: Consistency,
-    /// Why that far.
-    pub evidence: String,
-    /// What was done, and why.
-    pub cause: model::Cause,
     /// The disks.
     pub disks: Vec<PointDisk>,
-    /// The job that made it.
-    pub job: Option<JobId>,
-    /// Figures of that job.
-    pub figures: BTreeMap<String, u64>,
-    /// Definition of the machine.
-    pub definition: String,
     /// Whether disks are missing.
     pub incomplete: bool,
+    /// Payload of its record: opening a pool of many points does not take apart what few commands ask for.
+    record: Bytes,
     /// Soft-deleted at this pool time, and why.
     pub deleted: Option<(u64, String)>,
     /// May hold old bytes, and why.
@@ -79,6 +68,42 @@ pub struct Point {
     pub verified: Option<Timestamp>,
     /// Number of the record that changed anything of this last.
     pub changed: u64,
+}
+
+/// What a point's record says besides, for those who ask: see [`Point::details`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PointDetails {
+    /// The host's name then.
+    pub host: String,
+    /// Why the view can be trusted as far as it can.
+    pub evidence: String,
+    /// What was done, and why.
+    pub cause: model::Cause,
+    /// The job that made it.
+    pub job: Option<JobId>,
+    /// Figures of that job.
+    pub figures: BTreeMap<String, u64>,
+    /// Definition of the machine.
+    pub definition: String,
+    /// What recovery needs to make the image of each disk again, in the order of the point's disks.
+    pub descriptions: Vec<String>,
+}
+
+impl Point {
+    /// The rest of its record, taken apart now. Nothing where it is no message, which no writer makes: such a record
+    /// counts as unreadable when it is read, and only a bundle could still give it.
+    pub fn details(&self) -> PointDetails {
+        let record = payload::Point::decode(self.record.clone()).unwrap_or_default();
+        PointDetails {
+            host: record.host,
+            evidence: record.evidence,
+            cause: model::Cause { decision: record.decision, because: record.because },
+            job: JobId::try_from(&record.job[..]).ok(),
+            figures: record.figures,
+            definition: record.definition,
+            descriptions: record.disks.into_iter().map(|disk| disk.description).collect(),
+        }
+    }
 }
 
 /// A pack in quarantine.
@@ -156,7 +181,7 @@ impl State {
         epoch: u64,
         time: u64,
         kind: u16,
-        bytes: &[u8],
+        bytes: &Bytes,
     ) -> Result<(), String> {
         let kind = Kind::of(kind).ok_or_else(|| format!("kind {kind} is not known to this version"))?;
         self.pass_time(time);
@@ -173,7 +198,7 @@ impl State {
                 self.domains.insert(id, record.label);
             }
             Kind::Point => {
-                let point = point(number, decode(bytes)?)?;
+                let point = point(number, bytes)?;
                 self.order.insert(number, point.id);
                 self.points.insert(point.id, point);
             }
@@ -347,15 +372,16 @@ impl State {
     }
 }
 
-fn decode<M: Message + Default>(bytes: &[u8]) -> Result<M, String> {
-    M::decode(bytes).map_err(|error| error.to_string())
+fn decode<M: Message + Default>(bytes: &Bytes) -> Result<M, String> {
+    M::decode(bytes.clone()).map_err(|error| error.to_string())
 }
 
 fn packs(bytes: &[u8]) -> Result<Vec<PackId>, String> {
     Ok(payload::ids(bytes).ok_or("ids of packs are cut off")?.into_iter().map(PackId).collect())
 }
 
-fn point(number: u64, record: payload::Point) -> Result<Point, String> {
+fn point(number: u64, bytes: &Bytes) -> Result<Point, String> {
+    let record: payload::PointHead = decode(bytes)?;
     let text = |error: model::id::NotAnId| error.to_string();
     let optional = |bytes: &[u8]| -> Result<Option<RecoveryPointId>, String> {
         if bytes.is_empty() { Ok(None) } else { RecoveryPointId::try_from(bytes).map(Some).map_err(text) }
@@ -367,7 +393,7 @@ fn point(number: u64, record: payload::Point) -> Result<Point, String> {
             let root = if disk.root.is_empty() {
                 None
             } else {
-                Some(ChunkId(disk.root.as_slice().try_into().map_err(|_| "a map's root is not a chunk id")?))
+                Some(ChunkId(disk.root[..].try_into().map_err(|_| "a map's root is not a chunk id")?))
             };
             let blocks = disk.size.div_ceil(model::BLOCK_BYTES);
             if disk.levels != u32::from(crate::format::node::levels(blocks))
@@ -384,7 +410,6 @@ fn point(number: u64, record: payload::Point) -> Result<Point, String> {
                 sector: disk.sector,
                 root,
                 levels: disk.levels as u8,
-                description: disk.description,
                 audit_next: disk.audit_next,
                 full_compare: optional(&disk.full_compare)?,
             })
@@ -395,18 +420,13 @@ fn point(number: u64, record: payload::Point) -> Result<Point, String> {
         id: RecoveryPointId::try_from(&record.point[..]).map_err(text)?,
         datasource: DatasourceId::try_from(&record.datasource[..]).map_err(text)?,
         machine: record.machine,
-        host: record.host,
         domain: DomainId::try_from(&record.domain[..]).map_err(text)?,
         base: optional(&record.base)?,
         captured: Timestamp(record.captured),
         consistency: record.consistency.parse()?,
-        evidence: record.evidence,
-        cause: model::Cause { decision: record.decision, because: record.because },
         disks,
-        job: if record.job.is_empty() { None } else { Some(JobId::try_from(&record.job[..]).map_err(text)?) },
-        figures: record.figures,
-        definition: record.definition,
         incomplete: record.incomplete,
+        record: bytes.clone(),
         deleted: None,
         suspect: None,
         verified: None,
@@ -414,37 +434,11 @@ fn point(number: u64, record: payload::Point) -> Result<Point, String> {
     })
 }
 
-/// The payload of a point's record.
-pub(crate) fn encode_point(point: &Point) -> payload::Point {
-    payload::Point {
-        point: point.id.0.to_vec(),
-        datasource: point.datasource.0.to_vec(),
-        machine: point.machine.clone(),
-        host: point.host.clone(),
-        domain: point.domain.0.to_vec(),
-        base: point.base.map(|id| id.0.to_vec()).unwrap_or_default(),
-        captured: point.captured.0,
-        consistency: point.consistency.word().to_owned(),
-        evidence: point.evidence.clone(),
-        decision: point.cause.decision.clone(),
-        because: point.cause.because.clone(),
-        disks: point
-            .disks
-            .iter()
-            .map(|disk| payload::Disk {
-                index: disk.index,
-                size: disk.size,
-                sector: disk.sector,
-                root: disk.root.map(|id| id.0.to_vec()).unwrap_or_default(),
-                levels: u32::from(disk.levels),
-                description: disk.description.clone(),
-                audit_next: disk.audit_next,
-                full_compare: disk.full_compare.map(|id| id.0.to_vec()).unwrap_or_default(),
-            })
-            .collect(),
-        job: point.job.map(|id| id.0.to_vec()).unwrap_or_default(),
-        figures: point.figures.clone(),
-        definition: point.definition.clone(),
-        incomplete: point.incomplete,
+/// Whether the whole payload of a point's record is what [`Point::details`] can take apart.
+pub(crate) fn is_whole_point(bytes: &Bytes) -> Result<(), String> {
+    let record: payload::Point = decode(bytes)?;
+    if !record.job.is_empty() {
+        JobId::try_from(&record.job[..]).map_err(|error| error.to_string())?;
     }
+    Ok(())
 }

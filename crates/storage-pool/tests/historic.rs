@@ -37,18 +37,19 @@ fn a_chunk_that_is_not_what_its_id_says_is_not_read() {
     editor.set(0, Some(id), &mut nodes).unwrap();
     let map = editor.finish(&mut nodes).unwrap();
     let point = pool.point(like.id).unwrap();
+    let details = point.details();
     let new = NewPoint {
         datasource: point.datasource,
         machine: point.machine,
-        host: point.host,
+        host: details.host,
         base: None,
         captured: point.captured,
         consistency: point.consistency,
-        evidence: point.evidence,
-        cause: point.cause,
+        evidence: details.evidence,
+        cause: details.cause,
         job: None,
-        figures: point.figures,
-        definition: point.definition,
+        figures: details.figures,
+        definition: details.definition,
         incomplete: false,
     };
     let disk = NewDisk {

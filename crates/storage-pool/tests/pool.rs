@@ -67,15 +67,16 @@ fn a_recovery_point_is_a_block_device() {
         let id = put(&pool, 1, None, 512, &BTreeMap::new()).unwrap();
         let mut like = pool.point(id).unwrap();
         like.id = RecoveryPointId([9; 16]);
+        let details = like.details();
         let new_point = storage_pool::NewPoint {
             datasource: like.datasource,
             machine: like.machine,
-            host: like.host,
+            host: details.host,
             base: None,
             captured: like.captured,
             consistency: like.consistency,
-            evidence: like.evidence,
-            cause: like.cause,
+            evidence: details.evidence,
+            cause: details.cause,
             job: None,
             figures: BTreeMap::new(),
             definition: String::new(),

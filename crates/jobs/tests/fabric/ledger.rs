@@ -60,7 +60,7 @@ impl Ledger {
         for point in state.in_order().filter(|point| point.suspect.is_none()) {
             let is_deleted = point.deleted.is_some() || self.deleted.contains(&point.id);
             let may_be_lost = lost == Lost::Any || lost == Lost::Older && newest != Some(point.id);
-            let job = point.job.ok_or("a point without a job")?;
+            let job = point.details().job.ok_or("a point without a job")?;
             let disks = self.sent.get(&job).ok_or_else(|| format!("nobody sent point {}", point.id))?;
             if disks.len() != point.disks.len() {
                 return Err(format!("point {} has {} disks of {}", point.id, point.disks.len(), disks.len()));
@@ -77,7 +77,9 @@ impl Ledger {
                         Ok(()) => {
                             return Err(format!(
                                 "point {} ({}), disk {}: block {number} is wrong",
-                                point.id, point.cause, disk.index
+                                point.id,
+                                point.details().cause,
+                                disk.index
                             ));
                         }
                         Err(_) if may_be_lost || is_deleted => {}

@@ -28,6 +28,14 @@ pub enum Door {
     Network,
 }
 
+impl FromRequestParts<Api> for Door {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(_: &mut Parts, api: &Api) -> Result<Door, Self::Rejection> {
+        Ok(api.door)
+    }
+}
+
 /// State of the router.
 #[derive(Clone)]
 pub struct Api {

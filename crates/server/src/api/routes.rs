@@ -5,13 +5,13 @@ use std::sync::Arc;
 use axum::extract::DefaultBodyLimit;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use model::{Code, Consistency, Problem};
 use protocol::api::{
-    AddImage, Alert, AllocatedPage, BASE, CopyPool, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest,
-    KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, ProblemBody,
-    Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData, Started,
-    Status, Synchronize, Time, TokenMade, VerifyPool, Version,
+    AddImage, Alert, AllocatedPage, BASE, CopyPool, Datasource, Direct, Host, Job, JobEvent, JobLogLine,
+    JobRequest, KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus,
+    ProblemBody, Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData,
+    Started, Status, Synchronize, Time, TokenMade, VerifyPool, Version,
 };
 use serde::Deserialize;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -118,7 +118,7 @@ type Answer<T> = Result<Json<T>, Failure>;
 struct PageOf {
     /// `next` of the page before; from the start if absent.
     after: Option<String>,
-    /// At most so many items: 100 if absent, never more than 1000.
+    /// At most so many items: 100 if absent, never more than 10000.
     limit: Option<u32>,
 }
 
@@ -311,7 +311,7 @@ struct PointsQuery {
     datasource: Option<String>,
     /// `next` of the page before; from the start if absent.
     after: Option<String>,
-    /// At most so many items: 100 if absent, never more than 1000.
+    /// At most so many items: 100 if absent, never more than 10000.
     limit: Option<u32>,
 }
 
@@ -321,13 +321,17 @@ struct PointsQuery {
 #[utoipa::path(get, path = "/recovery-points", tag = "recovery-points", params(PointsQuery),
     responses((status = 200, body = Page<RecoveryPoint>), (status = "default", body = ProblemBody)))]
 async fn recovery_points(
+    door: Door,
     allowed: Allowed<Read>,
     Query(q): Query<PointsQuery>,
-) -> Answer<Page<RecoveryPoint>> {
-    allowed
+) -> Result<Response, Failure> {
+    let points = allowed
         .ask(move |service, _| service.recovery_points(q.datasource.as_deref(), &page(q.after, q.limit)))
-        .await
-        .map(Json)
+        .await?;
+    Ok(match door {
+        Door::InProcess => Extension(Direct::new(points)).into_response(),
+        Door::Network => Json(points).into_response(),
+    })
 }
 
 /// How to find a point.
@@ -515,7 +519,7 @@ struct JobsQuery {
     since: Option<Time>,
     /// `next` of the page before; from the start if absent.
     after: Option<String>,
-    /// At most so many items: 100 if absent, never more than 1000.
+    /// At most so many items: 100 if absent, never more than 10000.
     limit: Option<u32>,
 }
 
@@ -617,7 +621,7 @@ struct AlertsQuery {
     all: bool,
     /// `next` of the page before; from the start if absent.
     after: Option<String>,
-    /// At most so many items: 100 if absent, never more than 1000.
+    /// At most so many items: 100 if absent, never more than 10000.
     limit: Option<u32>,
 }
 

@@ -63,20 +63,22 @@ impl App {
                 continue;
             }
             // Its own record is lost; the newest point knows the name and the definition.
+            let details = point.details();
             all.push(StoredDatasource {
                 id: point.datasource,
                 name: point.machine.clone(),
                 host: None,
-                host_name: point.host.clone(),
+                host_name: details.host,
                 provider: "images".to_owned(),
-                definition: point.definition.clone(),
+                definition: details.definition,
                 disks: point
                     .disks
                     .iter()
-                    .map(|disk| DatasourceDisk {
+                    .zip(&details.descriptions)
+                    .map(|(disk, description)| DatasourceDisk {
                         disk: disk.index,
                         path: String::new(),
-                        format: super::mapping::described(&disk.description, "format"),
+                        format: super::mapping::image_format(description),
                         bytes: disk.size,
                     })
                     .collect(),
@@ -210,7 +212,7 @@ impl App {
             .map(|(disk, index)| DatasourceDisk {
                 disk: index,
                 path: request.images.get(index as usize).cloned().unwrap_or_default(),
-                format: super::mapping::described(&disk.description, "format"),
+                format: super::mapping::image_format(&disk.description),
                 bytes: disk.size,
             })
             .collect();

@@ -571,17 +571,18 @@ fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
         if point.changed <= since {
             continue;
         }
+        let details = point.details();
         let json = serde_json::json!({
             "machine": point.machine,
-            "host": point.host,
+            "host": details.host,
             "captured": point.captured,
             "consistency": point.consistency,
             "base": point.base,
-            "cause": point.cause,
+            "cause": details.cause,
             "disks": point.disks.iter().map(|disk| serde_json::json!({
                 "index": disk.index, "size": disk.size, "sector": disk.sector, "full_compare": disk.full_compare,
             })).collect::<Vec<_>>(),
-            "figures": point.figures,
+            "figures": details.figures,
             "deleted": point.deleted,
             "suspect": point.suspect,
             "verified": point.verified,

@@ -1,13 +1,21 @@
 //! From the words of jobs and pool to those of the API.
 
+use std::borrow::Cow;
+
 use model::Problem;
 use protocol::api;
+use serde::Deserialize;
 
-/// A field of a disk's description: text that is the host's, of which the server shows one or two words.
-pub(crate) fn described(description: &str, field: &str) -> String {
-    serde_json::from_str::<serde_json::Value>(description)
+/// The image format that a disk's description names: text that is the host's, of which the server shows this one word.
+pub(crate) fn image_format(description: &str) -> String {
+    #[derive(Deserialize)]
+    struct Described<'a> {
+        #[serde(borrow)]
+        format: Cow<'a, str>,
+    }
+    serde_json::from_str::<Described<'_>>(description)
         .ok()
-        .and_then(|value| value.get(field).and_then(|value| value.as_str()).map(str::to_owned))
+        .map(|it| it.format.into_owned())
         .unwrap_or_default()
 }
 

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use model::{BLOCK_BYTES, Code, Consistency, DatasourceId, PointState, Problem, RecoveryPointId, Timestamp};
 use protocol::api::{self, DiskDiff, PointDiff, RecoveryPoint, Time};
 use storage_pool::state::Point;
-use storage_pool::{MapReader, MapRoot, PoolNodes};
+use storage_pool::{Floor, MapReader, MapRoot, PoolNodes};
 
 use super::App;
 use crate::api::names::{self, NamedPoint};
@@ -98,11 +98,12 @@ impl App {
         let state = self.pool().state();
         let (mut points, mut total) = (Vec::new(), 0);
         for point in state.in_order().filter(|point| datasource.is_none_or(|it| point.datasource == it)) {
-            let is = jobs::recover::state_in(&state, soft_delete, point, damaged.contains(&point.id));
-            if is == PointState::Expired {
+            if state.is_expired(point, soft_delete) {
                 continue;
             }
             if some.contains(&total) {
+                let is_damaged = damaged.contains(&point.id);
+                let is = jobs::recover::state_in(&state, soft_delete, point, is_damaged);
                 points.push((point.clone(), is));
             }
             total += 1;
@@ -133,6 +134,17 @@ impl App {
     }
 
     pub(crate) fn api_point(&self, point: &Point, state: PointState, unique: Option<u64>) -> RecoveryPoint {
+        self.api_point_over(&self.pool().floor(Some(point.datasource)), point, state, unique)
+    }
+
+    /// The same for one of many points, all over the floor of one moment.
+    pub(crate) fn api_point_over(
+        &self,
+        floor: &Floor,
+        point: &Point,
+        state: PointState,
+        unique: Option<u64>,
+    ) -> RecoveryPoint {
         let pool = self.pool();
         let settings = pool.settings();
         let reason = match state {
@@ -144,14 +156,15 @@ impl App {
             PointState::Incomplete => "some of the machine's disks are missing".to_owned(),
             _ => String::new(),
         };
+        let details = point.details();
         let undelete_until = point.deleted.as_ref().map(|(since, _)| {
             let waited = pool.state().pool_time.saturating_sub(*since);
             let left = (settings.soft_delete * Timestamp::SECOND).saturating_sub(waited);
             Time(Timestamp(self.parts.clock.now_micros() + left))
         });
-        let expires_why = match (&point.deleted, pool.floor_keeps(point.id)) {
+        let expires_why = match (&point.deleted, floor.keeps(point)) {
             (Some((_, why)), _) => format!("deleted: {why}"),
-            (None, Ok(Some(why))) => format!("retention floor: {why}"),
+            (None, Some(why)) => format!("retention floor: {why}"),
             _ => "no policy is stored: it is kept".to_owned(),
         };
         RecoveryPoint {
@@ -166,10 +179,11 @@ impl App {
             disks: point
                 .disks
                 .iter()
-                .map(|disk| api::PointDisk {
+                .zip(&details.descriptions)
+                .map(|(disk, description)| api::PointDisk {
                     disk: disk.index,
                     bytes: disk.size,
-                    format: super::mapping::described(&disk.description, "format"),
+                    format: super::mapping::image_format(description),
                     sector_bytes: disk.sector,
                 })
                 .collect(),
@@ -180,7 +194,7 @@ impl App {
             bytes_unique: unique,
             verified_at: point.verified.map(Time),
             tested_at: None,
-            cause: point.cause.to_string(),
+            cause: details.cause.to_string(),
         }
     }
 

@@ -208,11 +208,13 @@ impl Service for AppService {
         let app = self.app();
         let datasource = datasource.map(|text| app.find_datasource(text)).transpose()?;
         let places = places(query)?;
-        let (some, total) = app.listed_points(datasource.map(|datasource| datasource.id), places.clone());
+        let (some, total) =
+            app.listed_points(datasource.as_ref().map(|datasource| datasource.id), places.clone());
         let unique = if app.is_counted() { app.unique_bytes() } else { super::points::UniqueBytes::new() };
+        let floor = app.pool().floor(datasource.map(|datasource| datasource.id));
         let items = some
             .iter()
-            .map(|(point, state)| app.api_point(point, *state, unique.get(&point.id).copied()))
+            .map(|(point, state)| app.api_point_over(&floor, point, *state, unique.get(&point.id).copied()))
             .collect();
         Ok(page_of(items, places.start, total))
     }

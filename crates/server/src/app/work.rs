@@ -207,7 +207,7 @@ impl App {
                 let captured = Timestamp(app.parts.clock.now_micros());
                 let outcome = synchronize::run(app.pool(), &*host, &datasource.machine(), &wish, captured, job)?;
                 let mut figures = super::mapping::transfer_figures(&outcome.figures, outcome.stored);
-                figures.cause = Some(outcome.point.cause.to_string());
+                figures.cause = Some(outcome.point.details().cause.to_string());
                 figures.recovery_point = Some(outcome.point.id);
                 figures.time = Some(Time(outcome.point.captured));
                 figures.consistency = Some(outcome.point.consistency);
@@ -671,9 +671,9 @@ impl App {
             JobRequest::RemoveDatasource { datasource, data } => {
                 let datasource = self.living(datasource)?;
                 plan.object.clone_from(&datasource.name);
+                let floor = self.pool().floor(Some(datasource.id));
                 for (point, _) in self.points_of(Some(datasource.id)) {
-                    let floor = self.pool().floor_keeps(point.id).ok().flatten();
-                    let (list, why) = match (data, floor) {
+                    let (list, why) = match (data, floor.keeps(&point)) {
                         (RemoveData::Keep, _) => (&mut plan.kept, "its data is kept".to_owned()),
                         (RemoveData::Delete, Some(why)) => {
                             (&mut plan.kept, format!("retention floor: {why}"))

@@ -3,6 +3,7 @@
 //! Field numbers are never given out twice. An unknown field is ignored; an unknown kind is not.
 
 use prost::Message;
+use prost::bytes::Bytes;
 
 /// Kinds of records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -184,6 +185,50 @@ pub struct Point {
     #[prost(string, tag = "15")]
     pub definition: String,
     /// Whether disks are missing.
+    #[prost(bool, tag = "16")]
+    pub incomplete: bool,
+}
+
+/// What every opening of a pool needs of a [`Disk`]; decoding skips the rest.
+#[derive(Clone, PartialEq, Message)]
+#[allow(missing_docs, reason = "the fields of the same numbers in Disk")]
+pub struct DiskHead {
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
+    #[prost(uint32, tag = "3")]
+    pub sector: u32,
+    #[prost(bytes = "bytes", tag = "4")]
+    pub root: Bytes,
+    #[prost(uint32, tag = "5")]
+    pub levels: u32,
+    #[prost(uint64, tag = "7")]
+    pub audit_next: u64,
+    #[prost(bytes = "bytes", tag = "8")]
+    pub full_compare: Bytes,
+}
+
+/// What every opening of a pool needs of a [`Point`]; decoding skips the rest.
+#[derive(Clone, PartialEq, Message)]
+#[allow(missing_docs, reason = "the fields of the same numbers in Point")]
+pub struct PointHead {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub point: Bytes,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub datasource: Bytes,
+    #[prost(string, tag = "3")]
+    pub machine: String,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub domain: Bytes,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub base: Bytes,
+    #[prost(uint64, tag = "7")]
+    pub captured: u64,
+    #[prost(string, tag = "8")]
+    pub consistency: String,
+    #[prost(message, repeated, tag = "12")]
+    pub disks: Vec<DiskHead>,
     #[prost(bool, tag = "16")]
     pub incomplete: bool,
 }
