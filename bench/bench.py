@@ -210,8 +210,14 @@ def rows_of_a_life(seed):
     if want("size"):
         note("pool after day 1 / restic", 1.02, "<=", size(ours.data) / size(theirs.repo))
     if want("tls"):
-        t = over_tls(disk)
-        note("full over TLS, CPU of server and agent / standalone", 1.5, "<=", t / o.cpu)
+        # Single pairs spread by half their value, so the median of three stands for a seed.
+        pairs = []
+        for _ in range(3):
+            t = over_tls(disk)
+            beside = Ours("tls-beside", disk)
+            pairs.append(t / beside.protect().cpu)
+            remove(beside.data)
+        note("full over TLS, CPU of server and agent / standalone", 1.5, "<=", sorted(pairs)[1])
     for day in range(2, 6):
         generator("step", disks, "vm1", day, disk)
         warm(disk)
@@ -596,13 +602,18 @@ def main():
         if want("list"):
             row_list()
         if want("index"):
-            row_example("index_scale", "--chunks", A.chunks, "--dir", path("index"), fields=(
+            os.makedirs(path("scale"), exist_ok=True)
+            row_example("index_scale", "--chunks", A.chunks, "--dir", path("scale"), fields=(
                 ("disk_bytes_per_chunk", "index, bytes of runs a chunk", 24, "<=", "B"),
                 ("resident_bytes_per_chunk", "index, bytes in memory a chunk", 2.0, "<=", "B"),
-                ("lookups_per_cpu_second", "index, ids looked up a second of a core", 300_000, ">=", "/s")))
+                ("ids_per_cpu_second", "index, ids looked up a second of a core", 300_000, ">=", "/s")))
         if want("reclaim"):
-            row_example("reclaim_scale", "--chunks", A.chunks, fields=(
-                ("peak_mib_at_1e9", "reclaim at 10^9 chunks, memory by the measured slope", 1024, "<=", "MiB"),))
+            os.makedirs(path("scale"), exist_ok=True)
+            row_example("reclaim_scale", "--chunks", A.chunks, "--dir", path("scale"), fields=(
+                ("anew_peak_mib_at_1e9", "reclaim at 10^9 chunks, counted anew, memory by the measured slope", 1024,
+                 "<=", "MiB"),
+                ("follow_peak_mib_at_1e9", "the same, counts followed", 1024, "<=", "MiB"),
+                ("mark_peak_mib_at_1e9", "the same, full mark", 1024, "<=", "MiB")))
     except Failed as error:
         say(str(error))
         return 1
