@@ -171,10 +171,14 @@ fn json<T: serde::Serialize>(value: &T) -> Result<String, Problem> {
 }
 
 fn report(description: &datasource::MachineDescription) -> Result<MachineReport, Problem> {
-    let disks = description
-        .disks
-        .iter()
-        .map(|disk| Ok(DiskReport { size: disk.size, sector: disk.sector, description: json(disk)? }));
+    let disks = description.disks.iter().map(|disk| {
+        Ok(DiskReport {
+            size: disk.size,
+            sector: disk.sector,
+            description: json(disk)?,
+            tracked: disk.tracked,
+        })
+    });
     Ok(MachineReport { disks: disks.collect::<Result<_, Problem>>()? })
 }
 
@@ -201,9 +205,12 @@ fn disk_order(disk: v0::DiskRead, expected: u32) -> Result<DiskOrder, Problem> {
         Some(disk_read::Mode::Extents(list)) => {
             Mode::Extents { listed: ranges(list.ranges)?, rotation: disk.rotation }
         }
+        Some(disk_read::Mode::Tracked(tracked)) => {
+            Mode::Tracked { base: tracked.base_json, rotation: disk.rotation }
+        }
         None => return Err(broken(format!("The order of disk {expected} does not say what to read."))),
     };
-    Ok(DiskOrder { mode, heal: ranges(disk.heal)? })
+    Ok(DiskOrder { mode, heal: ranges(disk.heal)?, because: String::new() })
 }
 
 impl Executor for HostExecutor {
@@ -228,8 +235,11 @@ impl Executor for HostExecutor {
                 self.host.cancel(job);
                 json(&())
             }
-            // Image files are known to whoever names them; there is no list.
-            command::Kind::ListInventory(_) => json::<[String; 0]>(&[]),
+            command::Kind::ListInventory(wanted) => {
+                let mut machines = self.host.inventory()?;
+                machines.retain(|machine| wanted.provider.is_empty() || machine.provider == wanted.provider);
+                json(&machines)
+            }
         }
     }
 }

@@ -7,16 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::{BlockDevice, ThrottledDevice, WritableDevice};
 use datasource::{
-    DiskDescription, FreezeMethod, FreezeRequest, FrozenView, Images, MachineDescription, MachineSpec,
-    Provider, Source, TargetRequest,
+    Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenView, Images, MachineDescription,
+    MachineSpec, Provider, Source, TargetRequest,
 };
 use disk_image::ImageFormat;
 use disk_image::probe::NewDisk;
 use environment::{Clock, Randomness};
-use model::{Code, Consistency, JobId, Problem, RecoveryPointId};
+use model::{Cause, Code, Consistency, HostMachine, JobId, Problem, RecoveryPointId};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
 use transfer::{
-    Connector, DiskOrder, Sender, SenderError, SenderSettings, Steer, Target, TargetError, TargetSettings,
+    Connector, DiskOrder, Mode, Sender, SenderError, SenderSettings, Steer, Target, TargetError,
+    TargetSettings,
 };
 
 use crate::cpu::{Restraint, lower_priority};
@@ -27,6 +28,8 @@ const TARGET_GRACE: std::time::Duration = std::time::Duration::from_secs(15);
 /// The providers of this machine and the world around them.
 pub struct Host {
     images: Images,
+    #[cfg(unix)]
+    libvirt: datasource::Libvirt,
     clock: Arc<dyn Clock>,
     randomness: Arc<dyn Randomness>,
     running: Mutex<Vec<(JobId, Steer)>>,
@@ -84,7 +87,30 @@ impl Host {
     /// A host with the providers that this program has.
     pub fn new(clock: Arc<dyn Clock>, randomness: Arc<dyn Randomness>) -> Host {
         let (running, restraint) = (Mutex::default(), Restraint::default());
-        Host { images: Images::new(), clock, randomness, running, restraint }
+        Host {
+            images: Images::new(),
+            #[cfg(unix)]
+            libvirt: datasource::Libvirt::default(),
+            clock,
+            randomness,
+            running,
+            restraint,
+        }
+    }
+
+    /// The same host, with libvirt reached and guarded this way.
+    #[cfg(unix)]
+    pub fn with_libvirt(self, settings: datasource::libvirt::Settings) -> Host {
+        Host { libvirt: datasource::Libvirt::new(settings), ..self }
+    }
+
+    /// The machines that the providers of this host know by themselves. A host without libvirt has none.
+    pub fn inventory(&self) -> Result<Vec<HostMachine>, Problem> {
+        #[cfg(unix)]
+        if self.libvirt.is_there() {
+            return self.libvirt.inventory().map_err(Problem::from);
+        }
+        self.images.inventory().map_err(Problem::from)
     }
 
     /// The same host, held back.
@@ -94,12 +120,21 @@ impl Host {
 
     /// Names of the providers.
     pub fn providers(&self) -> Vec<&'static str> {
-        vec![self.images.name()]
+        let mut names = vec![self.images.name()];
+        #[cfg(unix)]
+        if self.libvirt.is_there() {
+            names.push(self.libvirt.name());
+        }
+        names
     }
 
     fn provider(&self, machine: &MachineSpec) -> &dyn Provider {
         match &machine.source {
             Source::Images(_) => &self.images,
+            #[cfg(unix)]
+            Source::Libvirt(_) => &self.libvirt,
+            #[cfg(not(unix))]
+            Source::Libvirt(_) => &self.images,
         }
     }
 
@@ -110,7 +145,12 @@ impl Host {
 
     /// Removes what crashed jobs left behind for these machines; gives lines for the log.
     pub fn sweep(&self, machines: &[MachineSpec]) -> Result<Vec<String>, Problem> {
-        Ok(self.images.sweep(machines).map_err(Problem::from)?.removed)
+        let mut removed = Vec::new();
+        for machine in machines {
+            let provider = self.provider(machine);
+            removed.extend(provider.sweep(std::slice::from_ref(machine)).map_err(Problem::from)?.removed);
+        }
+        Ok(removed)
     }
 
     /// Ends a running order.
@@ -143,8 +183,12 @@ impl Host {
             // This thread and the transfer's, which it starts, end with the order.
             lower_priority();
         }
-        let view =
-            self.provider(machine).freeze(machine, &FreezeRequest { job, wanted }).map_err(Problem::from)?;
+        let since = orders.iter().map(|order| match &order.mode {
+            Mode::Tracked { base, .. } => serde_json::from_str(base).ok(),
+            _ => None,
+        });
+        let request = FreezeRequest { job, wanted, since: since.collect() };
+        let view = self.provider(machine).freeze(machine, &request).map_err(Problem::from)?;
         if view.disks().len() != orders.len() {
             return Err(Problem::new(
                 Code::SourceChanged,
@@ -161,6 +205,7 @@ impl Host {
             Some(cpu) => Arc::new(ThrottledDevice::new(device.clone(), cpu.clone())) as Arc<dyn BlockDevice>,
             None => device.clone(),
         };
+        let orders = view.disks().iter().zip(orders).map(|(disk, order)| resolved(order, &disk.changed));
         let disks = view.disks().iter().map(|disk| paced(&disk.device)).zip(orders).collect();
         let sender = Sender::new(disks, settings);
         let running = self.begin(job, sender.steer());
@@ -290,6 +335,25 @@ fn seconds_since_2000(micros: u64) -> u32 {
     u32::try_from((micros / 1_000_000).saturating_sub(946_684_800)).unwrap_or(u32::MAX)
 }
 
+/// The order with what the host's tracker says in the place of the question.
+fn resolved(order: DiskOrder, changed: &Changed) -> DiskOrder {
+    let Mode::Tracked { rotation, .. } = order.mode else { return order };
+    match changed {
+        Changed::Listed { ranges, because } => DiskOrder {
+            mode: Mode::Extents { listed: ranges.clone(), rotation },
+            because: because.clone(),
+            ..order
+        },
+        Changed::Unknown { because } => DiskOrder {
+            mode: Mode::Full {
+                cause: Cause { decision: "full compare".to_owned(), because: vec![because.clone()] },
+            },
+            because: because.clone(),
+            ..order
+        },
+    }
+}
+
 fn unknown_disk() -> DiskDescription {
     DiskDescription {
         key: String::new(),
@@ -298,6 +362,7 @@ fn unknown_disk() -> DiskDescription {
         size: 0,
         sector: 512,
         chain: 1,
+        tracked: false,
         properties: std::collections::BTreeMap::new(),
     }
 }
@@ -310,6 +375,7 @@ fn evidence(view: &dyn FrozenView) -> String {
             }
             _ => "copies sharing their blocks with images that were in use".to_owned(),
         },
+        FreezeMethod::Checkpoint { evidence } => evidence.clone(),
         FreezeMethod::InPlace { because } => {
             format!("images read in place ({because}); nobody wrote to them from the first to the last byte")
         }

@@ -2,9 +2,10 @@
 
 use model::{Code, ExitStatus, Problem};
 use protocol::api::{
-    AddImage, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KeyGeneration, KitFile,
-    KitReport, MakeToken, PointDiff, PoolStatus, Protect, Prune, Recipient, Reclaim, RecoverDisk,
-    RecoverTarget, RecoveryPoint, Status, Synchronize, Time, TokenMade, VerifyPool,
+    AddImage, AddMachine, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KeyGeneration,
+    KitFile, KitReport, ListedDisk, ListedMachine, MakeToken, PointDiff, PoolStatus, Protect, Prune,
+    Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, Status, Synchronize, Time, TokenMade,
+    VerifyPool,
 };
 use serde_json::json;
 
@@ -166,6 +167,18 @@ async fn host(room: &Room<'_>, command: &HostCommand) -> Result<ExitStatus, Prob
                 .await?;
             output.table(&["NAME", "ID", "STATE", "LAST SEEN", "CERTIFICATE UNTIL", "VERSION"], &rows);
         }
+        HostCommand::Machines { host } => {
+            let query = host.as_deref().map_or_else(String::new, |host| format!("?host={}", coded(host)));
+            let mut rows = Vec::new();
+            client
+                .each(&format!("/machines{query}"), |it: ListedMachine| {
+                    output.object("machine", &it);
+                    rows.push(machine_row(&it));
+                    rows.extend(it.disks.iter().map(disk_row));
+                })
+                .await?;
+            output.table(&["NAME", "ID", "STATE", "GUEST AGENT", "PROTECTED", "DISK"], &rows);
+        }
         HostCommand::Token { count, valid } => {
             let made: TokenMade = client
                 .post("/hosts/tokens", &MakeToken { count: *count, valid_seconds: Some(*valid) })
@@ -190,6 +203,35 @@ async fn host(room: &Room<'_>, command: &HostCommand) -> Result<ExitStatus, Prob
         }
     }
     Ok(ExitStatus::Done)
+}
+
+fn machine_row(it: &ListedMachine) -> Vec<String> {
+    let agent = match it.guest_agent {
+        Some(true) => "connected",
+        Some(false) => "not connected",
+        None => "",
+    };
+    vec![
+        printable(&it.name),
+        it.id.to_string(),
+        printable(&it.power),
+        agent.to_owned(),
+        if it.is_datasource { "datasource" } else { "no" }.to_owned(),
+        String::new(),
+    ]
+}
+
+fn disk_row(disk: &ListedDisk) -> Vec<String> {
+    let mut text = format!("{} {} {}", disk.name, disk.format, disk.storage);
+    if let Some(count) = disk.bytes {
+        text = format!("{text}, {}", bytes(count));
+    }
+    if let Some(why) = &disk.unprotected {
+        text = format!("{text}: cannot be protected: {why}");
+    }
+    let mut row = vec![String::new(); 5];
+    row.push(printable(&text));
+    row
 }
 
 async fn datasource(room: &Room<'_>, command: &DatasourceCommand) -> Result<ExitStatus, Problem> {
@@ -224,6 +266,13 @@ async fn datasource(room: &Room<'_>, command: &DatasourceCommand) -> Result<Exit
                 allow_backing: folders,
             };
             let added: Datasource = client.post("/datasources/images", &request).await?;
+            output.object("datasource", &added);
+            output.text(&format!("Added {}, id {}", printable(&added.name), added.id));
+        }
+        DatasourceCommand::AddMachine { machine, host, exclude, .. } => {
+            let request =
+                AddMachine { machine: machine.clone(), host: host.clone(), exclude: exclude.clone() };
+            let added: Datasource = client.post("/datasources/machines", &request).await?;
             output.object("datasource", &added);
             output.text(&format!("Added {}, id {}", printable(&added.name), added.id));
         }

@@ -276,9 +276,11 @@ fn break_glass(args: &RecoverDiskArgs, program: &dyn Program, output: &Output) -
 /// Whether a command writes to the pool, and with which settings it may create one.
 fn needs(command: &Command) -> (bool, Option<PoolCreation>) {
     match command {
-        Command::Datasource(DatasourceCommand::AddImage { create, .. }) => (true, Some(creation(create))),
+        Command::Datasource(
+            DatasourceCommand::AddImage { create, .. } | DatasourceCommand::AddMachine { create, .. },
+        ) => (true, Some(creation(create))),
         Command::Status { .. }
-        | Command::Host(HostCommand::List)
+        | Command::Host(HostCommand::List | HostCommand::Machines { .. })
         | Command::Datasource(DatasourceCommand::List | DatasourceCommand::Show { .. })
         | Command::RecoveryPoint(
             PointCommand::List { .. } | PointCommand::Show { .. } | PointCommand::Diff { .. },

@@ -217,6 +217,11 @@ pub enum ServerCommand {
 pub enum HostCommand {
     /// List enrolled hosts
     List,
+    /// List the machines of a host, and what of them can be protected
+    Machines {
+        /// Name, id or unique prefix of an enrolled host; the server's own machine otherwise
+        host: Option<String>,
+    },
     /// Make an enrolment token
     Token {
         /// How many hosts it may enrol
@@ -278,6 +283,19 @@ pub enum DatasourceCommand {
         /// A further folder in which backing files may lie
         #[arg(long, value_name = "DIR")]
         allow_backing: Vec<PathBuf>,
+        #[command(flatten)]
+        create: CreationArgs,
+    },
+    /// Add a machine of a hypervisor; `host machines` lists them
+    AddMachine {
+        /// Its name on its host, or its id
+        machine: String,
+        /// The enrolled host; the server's own machine otherwise
+        #[arg(long, value_name = "HOST")]
+        host: Option<String>,
+        /// A disk to leave out, by its name in the machine; a recovered machine has it empty
+        #[arg(long, value_name = "DISK")]
+        exclude: Vec<String>,
         #[command(flatten)]
         create: CreationArgs,
     },

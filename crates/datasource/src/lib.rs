@@ -16,13 +16,17 @@
 
 mod error;
 pub mod images;
+#[cfg(unix)]
+pub mod libvirt;
 mod provider;
 mod target;
 
 pub use error::ProviderError;
 pub use images::Images;
+#[cfg(unix)]
+pub use libvirt::Libvirt;
 pub use provider::{
-    DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImageSource, ImagesSource,
-    MachineDescription, MachineSpec, Provider, Source, Swept,
+    Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImageSource, ImagesSource,
+    LibvirtSource, MachineDescription, MachineSpec, Provider, Source, Swept,
 };
 pub use target::{RecoveryTarget, TargetRequest};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use block_io::{BlockDevice, DeviceError};
-use model::{Consistency, DatasourceId, JobId};
+use model::{Consistency, DatasourceId, HostMachine, JobId, RangeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{ProviderError, RecoveryTarget, TargetRequest};
@@ -27,6 +27,16 @@ pub struct MachineSpec {
 pub enum Source {
     /// It is a set of image files.
     Images(ImagesSource),
+    /// It is a machine of libvirt, of the UUID that is its identity.
+    Libvirt(LibvirtSource),
+}
+
+/// A machine of libvirt.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LibvirtSource {
+    /// Disks that are left out, by their names in the machine: `vdb`.
+    #[serde(default)]
+    pub exclude: Vec<String>,
 }
 
 /// A machine made of image files.
@@ -80,6 +90,9 @@ pub struct DiskDescription {
     pub sector: u32,
     /// How many image files the chain has, the uppermost included.
     pub chain: u32,
+    /// Whether the provider may know what changed since a view that it gave before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tracked: bool,
     /// Properties of the image in words of its format (`subformat`, `block-size`, ...), for making one like it.
     #[serde(default)]
     pub properties: std::collections::BTreeMap<String, String>,
@@ -92,6 +105,25 @@ pub struct FreezeRequest {
     pub job: JobId,
     /// The consistency to aim at. The view says what it reached; less than wanted is the caller's to judge.
     pub wanted: Consistency,
+    /// For each disk, in the order of the last look: its description in the view since which changes are wanted.
+    pub since: Vec<Option<DiskDescription>>,
+}
+
+/// What changed on a disk since the view that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Changed {
+    /// The tracker cannot tell.
+    Unknown {
+        /// Why.
+        because: String,
+    },
+    /// These bytes at most.
+    Listed {
+        /// The bytes.
+        ranges: RangeSet,
+        /// By what, and since when.
+        because: String,
+    },
 }
 
 /// How a view stands still.
@@ -104,6 +136,11 @@ pub enum FreezeMethod {
         /// Why they could not be copied without cost.
         because: String,
     },
+    /// The hypervisor keeps what the running machine overwrites.
+    Checkpoint {
+        /// What was frozen, by whom and for how long, or why nothing was.
+        evidence: String,
+    },
 }
 
 /// One disk of a view.
@@ -113,6 +150,8 @@ pub struct FrozenDisk {
     pub description: DiskDescription,
     /// Its bytes.
     pub device: Arc<dyn BlockDevice>,
+    /// What changed since the view that was asked for.
+    pub changed: Changed,
 }
 
 /// All disks of a machine at one moment. Dropping it takes away whatever it needed on the host.
@@ -154,7 +193,7 @@ pub trait Provider: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// The machines that the host knows. A provider that only knows what it is told answers with nothing.
-    fn inventory(&self) -> Result<Vec<MachineSpec>, ProviderError>;
+    fn inventory(&self) -> Result<Vec<HostMachine>, ProviderError>;
 
     /// Looks at a machine without disturbing it: its disks exist, can be read, and refer to nothing forbidden.
     fn inspect(&self, machine: &MachineSpec) -> Result<MachineDescription, ProviderError>;

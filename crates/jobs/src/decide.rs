@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use model::{BLOCK_BYTES, ByteRange, Cause, RangeSet, RecoveryPointId};
 
+use transfer::message::ReadDisk;
+
 use crate::port::DiskView;
 
 /// What somebody asked for.
@@ -33,6 +35,8 @@ pub struct ReplicaDisk {
     pub rotation: u64,
     /// Bytes whose stored blocks are damaged; `None` if the map itself is lost.
     pub damaged: Option<RangeSet>,
+    /// The host's description of it then.
+    pub description: String,
 }
 
 /// The replica: what the newest usable point of the machine says.
@@ -53,6 +57,11 @@ pub enum Read {
     Full,
     /// The listed bytes.
     Extents(RangeSet),
+    /// What the host's tracker lists since the replica's point; everything if it cannot.
+    Tracked {
+        /// The host's description of the disk at that point.
+        base: String,
+    },
 }
 
 /// The plan for one disk.
@@ -144,6 +153,22 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Op
     if *full_scan {
         return full("full scan", vec!["it was asked for".to_owned()]);
     }
+    if !lists.contains_key(&index) && view.tracked {
+        // Where disks came or went or grew the host knows better than their places and sizes do.
+        if let Some(doubt) = &replica.doubt {
+            return full("full scan", vec![doubt.clone()]);
+        }
+        return DiskPlan {
+            read: Read::Tracked { base: known.description.clone() },
+            heal: damaged.rounded_out(BLOCK_BYTES, view.size),
+            rotation,
+            keep_map,
+            cause: Cause {
+                decision: "changed extents".to_owned(),
+                because: vec![format!("the host's tracker lists them since point {}", replica.point)],
+            },
+        };
+    }
     if replica.disks.len() != disks {
         // Disks are told apart by their place: where one came or went, the others may have moved.
         let moved = format!("the machine has {disks} disks, the replica {}", replica.disks.len());
@@ -186,8 +211,25 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Op
     }
 }
 
+/// The plan with what the host said of how it reads the disks that it tracks itself.
+pub(crate) fn stated(mut plan: Plan, stated: &[Option<ReadDisk>]) -> Plan {
+    for (disk, stated) in plan.disks.iter_mut().zip(stated) {
+        let (Read::Tracked { .. }, Some(stated)) = (&disk.read, stated) else { continue };
+        let damaged = disk.heal.bytes();
+        disk.cause = Cause { decision: "changed extents".to_owned(), because: vec![stated.because.clone()] };
+        if stated.full {
+            disk.read = Read::Full;
+            disk.cause.decision = "full compare".to_owned();
+        } else if damaged > 0 {
+            disk.cause.because.push(format!("{damaged} bytes of the replica are damaged and read again"));
+        }
+    }
+    plan.cause = chain(&plan.disks);
+    plan
+}
+
 /// One cause for all disks: the common one, or each disk's.
-fn chain(plans: &[DiskPlan]) -> Cause {
+pub(crate) fn chain(plans: &[DiskPlan]) -> Cause {
     let Some(first) = plans.first() else { return Cause::new("nothing", ["the machine has no disks"]) };
     if plans.iter().all(|plan| plan.cause == first.cause) {
         return first.cause.clone();
@@ -214,7 +256,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn view(size: u64) -> DiskView {
-        DiskView { size, sector: 512, description: String::new() }
+        DiskView { size, sector: 512, description: String::new(), tracked: false }
     }
 
     fn id(byte: u8) -> RecoveryPointId {
@@ -222,7 +264,12 @@ mod tests {
     }
 
     fn replica() -> Replica {
-        let disk = ReplicaDisk { size: 64 * MIB, rotation: 5 * MIB, damaged: Some(RangeSet::new()) };
+        let disk = ReplicaDisk {
+            size: 64 * MIB,
+            rotation: 5 * MIB,
+            damaged: Some(RangeSet::new()),
+            description: "c1".to_owned(),
+        };
         Replica { point: id(1), disks: [(0, disk)].into(), doubt: None }
     }
 
@@ -269,6 +316,27 @@ mod tests {
         assert_eq!(decide(&without, Some(&replica())).0, Read::Full);
         assert_eq!(decide(&Wish::Check, Some(&replica())).0, Read::Full);
         assert_eq!(decide(&Wish::Protect, None).0, Read::Full);
+    }
+
+    #[test]
+    fn a_host_that_tracks_is_asked_unless_something_is_in_doubt() {
+        let tracked = DiskView { tracked: true, ..view(64 * MIB) };
+        let wish = Wish::Synchronize { lists: BTreeMap::new(), since: None, full_scan: false };
+        let planned = |replica: &Replica, disk: &DiskView| {
+            plan(&wish, std::slice::from_ref(disk), Some(replica)).unwrap_or_else(|r| panic!("{r:?}"))
+        };
+        let asked = planned(&replica(), &tracked);
+        assert_eq!(asked.disks[0].read, Read::Tracked { base: "c1".to_owned() });
+        let doubtful = Replica { doubt: Some("the newest point was deleted".to_owned()), ..replica() };
+        assert_eq!(planned(&doubtful, &tracked).disks[0].read, Read::Full);
+        assert_eq!(planned(&replica(), &view(64 * MIB)).disks[0].read, Read::Full);
+
+        let said = |full, because: &str| Some(ReadDisk { size: 64 * MIB, full, because: because.to_owned() });
+        let listed = stated(asked.clone(), &[said(false, "dirty blocks since checkpoint c1")]);
+        assert_eq!(listed.cause.to_string(), "changed extents because: dirty blocks since checkpoint c1");
+        let full = stated(asked, &[said(true, "checkpoint c1 is gone")]);
+        assert_eq!(full.cause.to_string(), "full compare because: checkpoint c1 is gone");
+        assert_eq!(full.disks[0].read, Read::Full);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use model::{Consistency, DatasourceId, JobId, Problem, RecoveryPointId};
+use model::{Consistency, DatasourceId, HostMachine, JobId, Problem, RecoveryPointId};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
 use transfer::{DiskOrder, Link, LinkError, Steer};
 
@@ -28,6 +28,8 @@ pub struct DiskView {
     pub sector: u32,
     /// What recovery needs to make the same kind of file again: text that only a host reads.
     pub description: String,
+    /// Whether the host may know what changed since a view that it sent before.
+    pub tracked: bool,
 }
 
 /// A machine as its host sees it now.
@@ -117,6 +119,8 @@ pub trait Receiving: Send {
 
 /// A host with machines, as jobs use it. May be called from several threads.
 pub trait ProtectedHost: Send + Sync {
+    /// The machines that the host knows by itself.
+    fn machines(&self) -> Result<Vec<HostMachine>, Problem>;
     /// Looks at a machine without disturbing it.
     fn inspect(&self, machine: &Machine) -> Result<MachineView, Problem>;
     /// Freezes a machine and begins to send.

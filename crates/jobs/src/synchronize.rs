@@ -55,6 +55,7 @@ pub fn replica(pool: &Arc<Pool>, machine: model::DatasourceId) -> Result<Option<
         return Ok(None);
     };
     let mut disks = BTreeMap::new();
+    let mut descriptions = point.details().descriptions.into_iter();
     for disk in &point.disks {
         let map = MapRoot { root: disk.root, levels: disk.levels };
         let lost = pool.lost_blocks(point.domain, map).map_err(problem::pool)?;
@@ -71,6 +72,7 @@ pub fn replica(pool: &Arc<Pool>, machine: model::DatasourceId) -> Result<Option<
             size: disk.size,
             rotation: disk.audit_next,
             damaged: (!map_is_lost).then_some(damaged),
+            description: descriptions.next().unwrap_or_default(),
         };
         disks.insert(disk.index, known);
     }
@@ -227,17 +229,21 @@ pub fn run(
     let doubtful = pool.has_known_damage();
     let mut store = PoolStore { ingest, disks, doubtful };
 
+    // What a host's tracker lists is known when the view stands, so then there is no total.
     let total = view.disks.iter().zip(&plan.disks).map(|(disk, planned)| match &planned.read {
-        Read::Full => disk.size,
-        Read::Extents(list) => list.rounded_out(BLOCK_BYTES, disk.size).bytes(),
+        Read::Full => Some(disk.size),
+        Read::Extents(list) => Some(list.rounded_out(BLOCK_BYTES, disk.size).bytes()),
+        Read::Tracked { .. } => None,
     });
-    context.phase("transferring", Some(total.sum()));
+    context.phase("transferring", total.sum());
     let orders = plan.disks.iter().map(|planned| DiskOrder {
         mode: match &planned.read {
             Read::Full => Mode::Full { cause: planned.cause.clone() },
             Read::Extents(listed) => Mode::Extents { listed: listed.clone(), rotation: planned.rotation },
+            Read::Tracked { base } => Mode::Tracked { base: base.clone(), rotation: planned.rotation },
         },
         heal: planned.heal.clone(),
+        because: String::new(),
     });
     let order = SendOrder {
         job: context.id(),
@@ -252,6 +258,7 @@ pub fn run(
         mode: match &planned.read {
             Read::Full => ExpectedMode::Full,
             Read::Extents(list) => ExpectedMode::Extents { required: list.union(&planned.heal) },
+            Read::Tracked { .. } => ExpectedMode::Tracked { required: planned.heal.clone() },
         },
     });
     let reported = Reported { context, nodes: store.ingest.nodes() };
@@ -284,7 +291,9 @@ pub fn run(
     let findings = reception.findings().to_vec();
     let full_reason = reception.full_reason().map(str::to_owned);
     let differences = reception.differences();
+    let stated = reception.stated();
     drop(reception);
+    let plan = decide::stated(plan, &stated);
 
     context.phase("proving", None);
     let sent = sending.conclude()?;

@@ -5,12 +5,14 @@
 //!
 //! - [`range`]: byte ranges and lists of them.
 //! - [`id`]: typed ids. An id of one thing cannot be given for an id of another.
+//! - [`inventory`]: machines as their hosts see them.
 //! - [`time`]: points in time as microseconds since 1970, UTC.
 //! - [`point`]: what a recovery point says about itself: consistency, state, cause.
 //! - [`problem`]: every error code that a person can meet, with cause, remedy and exit status.
 
 pub mod audit_choice;
 pub mod id;
+pub mod inventory;
 pub mod noise;
 pub mod point;
 pub mod problem;
@@ -18,6 +20,7 @@ pub mod range;
 pub mod time;
 
 pub use id::{DatasourceId, DomainId, HostId, JobId, PoolId, RecoveryPointId};
+pub use inventory::{HostDisk, HostMachine, Power};
 pub use point::{Cause, Consistency, PointState};
 pub use problem::{Code, ExitStatus, Problem};
 pub use range::{ByteRange, RangeSet};

@@ -272,6 +272,65 @@ pub struct AddImage {
     pub allow_backing: Vec<String>,
 }
 
+/// A machine that a host knows by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ListedMachine {
+    /// Its identity, from the hypervisor; as a datasource it has the same.
+    #[schema(value_type = String)]
+    pub id: DatasourceId,
+    /// Its name.
+    pub name: String,
+    /// The enrolled host; nothing for the server's own machine.
+    #[serde(default)]
+    pub host: Option<String>,
+    /// `libvirt`, `hyperv`.
+    pub provider: String,
+    /// `running`, `paused`, `off`.
+    pub power: String,
+    /// Whether an agent in the guest answers; nothing where it has none or does not run.
+    #[serde(default)]
+    pub guest_agent: Option<bool>,
+    /// Whether it is a datasource already.
+    pub is_datasource: bool,
+    /// Its disks.
+    pub disks: Vec<ListedDisk>,
+}
+
+/// A disk of such a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ListedDisk {
+    /// Its name in the machine.
+    pub name: String,
+    /// Where its bytes are.
+    pub storage: String,
+    /// Its image format.
+    pub format: String,
+    /// Its bus.
+    pub bus: String,
+    /// Its bytes, if they can be told.
+    #[serde(default)]
+    pub bytes: Option<u64>,
+    /// Image files of its chain.
+    pub chain: u32,
+    /// Why it cannot be protected, if so.
+    #[serde(default)]
+    pub unprotected: Option<String>,
+}
+
+/// A machine of a hypervisor, to be a datasource.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddMachine {
+    /// Its name on its host, or its id.
+    pub machine: String,
+    /// The enrolled host; the server's own machine if absent.
+    #[serde(default)]
+    pub host: Option<String>,
+    /// Disks to leave out, by their names in the machine. A recovered machine has them empty.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+}
+
 /// What becomes of the recovery points of a datasource that is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]

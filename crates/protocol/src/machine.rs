@@ -4,7 +4,7 @@
 //!   it is text that only hosts read. `datasource::MachineSpec` is the reading side; a test of the agent holds the two
 //!   together.
 //! - [`MachineReport`], the result of `Inspect`, and [`SentReport`], the result of `SendOrder`. The result of every
-//!   other command is `null`, of `ListInventory` a list of definitions.
+//!   other command is `null`, of `ListInventory` a list of `model::HostMachine`.
 
 use model::{Consistency, DatasourceId};
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,9 @@ pub struct DiskReport {
     pub sector: u32,
     /// What recovery needs to make the same kind of file again: text that only a host reads.
     pub description: String,
+    /// Whether the host may know what changed since a view that it sent before.
+    #[serde(default)]
+    pub tracked: bool,
 }
 
 /// A machine as its host sees it.
@@ -65,6 +68,16 @@ pub fn images_definition(
         "id": id,
         "name": name,
         "source": { "provider": "images", "disks": disks, "allow_backing": allow_backing },
+    })
+    .to_string()
+}
+
+/// The definition of a machine of the provider `libvirt`; `exclude` names disks that are left out.
+pub fn libvirt_definition(id: DatasourceId, name: &str, exclude: &[String]) -> String {
+    serde_json::json!({
+        "id": id,
+        "name": name,
+        "source": { "provider": "libvirt", "exclude": exclude },
     })
     .to_string()
 }

@@ -159,6 +159,9 @@ fn examples() -> BTreeMap<String, Vec<u8>> {
     add(&mut all, "Pacing", limits);
     add(&mut all, "SendOrder", send());
     add(&mut all, "DiskRead", disk(disk_read::Mode::Full(whole)));
+    let tracked = Tracked { base_json: text("{\"key\":\"disk-vda\"}") };
+    add(&mut all, "DiskRead.tracked", disk(disk_read::Mode::Tracked(tracked.clone())));
+    add(&mut all, "Tracked", tracked);
     add(&mut all, "WholeDisk", whole);
     add(&mut all, "ChangedExtents", extents());
     add(&mut all, "ListPage", page());

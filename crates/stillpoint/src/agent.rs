@@ -143,7 +143,11 @@ pub fn run(options: &AgentOptions, say: &dyn Say) -> Result<(), Problem> {
     let _one = only_one(&folder)?;
     let clock = Arc::new(SystemClock);
     let restraint = restraint(!options.normal_priority, options.cpu_limit)?;
-    let host = Arc::new(Host::new(clock.clone(), Arc::new(SystemRandomness)).restrained(restraint));
+    let host = Arc::new(
+        Host::new(clock.clone(), Arc::new(SystemRandomness))
+            .restrained(restraint)
+            .with_libvirt(crate::world::libvirt()),
+    );
     let executor = HostExecutor::new(host, state.clone(), clock);
     match executor.sweep() {
         Ok(lines) => lines.iter().for_each(|line| say.line(line)),

@@ -45,6 +45,7 @@ fn view(description: &datasource::MachineDescription) -> Result<MachineView, Pro
             description: serde_json::to_string(disk).map_err(|error| {
                 Problem::new(Code::Internal, format!("A disk cannot be described: {error}."))
             })?,
+            tracked: disk.tracked,
         })
     });
     Ok(MachineView { disks: disks.collect::<Result<_, Problem>>()? })
@@ -160,6 +161,10 @@ impl Drop for LocalReceiving {
 }
 
 impl ProtectedHost for LocalHost {
+    fn machines(&self) -> Result<Vec<model::HostMachine>, Problem> {
+        self.host.inventory()
+    }
+
     fn inspect(&self, machine: &Machine) -> Result<MachineView, Problem> {
         view(&self.host.inspect(&agent::host::machine(&machine.definition)?)?)
     }

@@ -29,6 +29,9 @@ fn main() -> ExitCode {
     if arguments.get(1).is_some_and(|word| word == deletion::WORD) {
         return deletion::main();
     }
+    if arguments.get(1).is_some_and(|word| word == datasource::libvirt::guard::SUBCOMMAND) {
+        return world::thaw_guard(arguments.get(2..).unwrap_or_default());
+    }
     // One provider for all TLS of the process; a second installation is no error.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     ExitCode::from(cli::main(arguments, &program::Stillpoint))

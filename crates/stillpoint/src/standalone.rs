@@ -106,7 +106,9 @@ fn start(folder: DataFolder, opened: Opened, writes: bool, restraint: Restraint)
         folder,
         pool: opened.pool,
         hosts: Arc::new(OnlyThisMachine::new(Arc::new(
-            Host::new(clock.clone(), randomness.clone()).restrained(restraint),
+            Host::new(clock.clone(), randomness.clone())
+                .restrained(restraint)
+                .with_libvirt(crate::world::libvirt()),
         ))),
         tokens: Arc::new(NoTokens),
         deletion,

@@ -23,3 +23,26 @@ pub fn log_to_stderr() {
     // Somebody who embeds this has a log of his own.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
+
+/// How libvirt is reached on this machine. `STILLPOINT_LIBVIRT_SOCKET` names another socket, `STILLPOINT_SCRATCH` a folder for
+/// what running machines overwrite during a backup.
+pub fn libvirt() -> datasource::libvirt::Settings {
+    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(std::path::PathBuf::from);
+    let mut settings = datasource::libvirt::Settings::default();
+    if let Some(socket) = path("STILLPOINT_LIBVIRT_SOCKET") {
+        settings.socket = socket;
+    }
+    settings.scratch = path("STILLPOINT_SCRATCH");
+    settings.program = std::env::current_exe().ok();
+    settings
+}
+
+/// The guard over a freeze of file systems: a process of its own, because it must outlive its maker.
+pub fn thaw_guard(words: &[std::ffi::OsString]) -> std::process::ExitCode {
+    let Some(watch) = datasource::libvirt::guard::Watch::from_words(words) else {
+        eprintln!("The guard over a freeze is started by the agent, not by hand.");
+        return std::process::ExitCode::from(2);
+    };
+    datasource::libvirt::guard::stand(&watch, std::io::stdin());
+    std::process::ExitCode::SUCCESS
+}

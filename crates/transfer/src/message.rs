@@ -7,7 +7,7 @@
 //!
 //! | direction | kind | message | fields |
 //! |---|---|---|---|
-//! | to server | 1 | Hello | next u64, disk sizes: list of u64 |
+//! | to server | 1 | Hello | next u64, disks: list of (size u64, full bool, because text) |
 //! | | 2 | Announce | batch u64, disk u32, audited bool, list of runs |
 //! | | 3 | Frame | batch u64, indexes: list of u16, payload |
 //! | | 4 | FullBegins | batch u64, reason text |
@@ -57,6 +57,8 @@ pub const MAX_BATCH_BLOCKS: usize = 1024;
 pub const MAX_OPEN_BATCHES: usize = 512;
 /// Most bytes of a text.
 pub const MAX_TEXT_BYTES: usize = 1024;
+/// Most bytes of a disk's reason: those of all disks fit one message.
+pub const MAX_BECAUSE_BYTES: usize = 512;
 
 /// Adjacent blocks in an announcement.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,6 +117,17 @@ impl Bitmap {
     }
 }
 
+/// A disk, and how the agent reads it: the same on every connection of a transfer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadDisk {
+    /// Its bytes.
+    pub size: u64,
+    /// Whether every block will be announced; otherwise those of a list.
+    pub full: bool,
+    /// Where the choice was the host's: why it reads so.
+    pub because: String,
+}
+
 /// What the agent counted, and its digest of all that it announced.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
@@ -141,8 +154,8 @@ pub enum ToServer {
     Hello {
         /// The number after the last one used.
         next: u64,
-        /// Bytes of each disk.
-        disks: Vec<u64>,
+        /// Each disk, and how it is read.
+        disks: Vec<ReadDisk>,
     },
     /// What some blocks hold.
     Announce {
@@ -479,9 +492,14 @@ impl ToServer {
     pub fn encode(&self) -> Bytes {
         let out = match self {
             ToServer::Hello { next, disks } => {
-                let mut out = begin(1, disks.len() * 8);
+                let mut out = begin(1, disks.len() * 64);
                 out.put_u64_le(*next);
-                put_numbers(&mut out, disks);
+                put_count(&mut out, disks.len());
+                for disk in disks {
+                    out.put_u64_le(disk.size);
+                    out.put_u8(disk.full.into());
+                    put_text(&mut out, &disk.because, MAX_BECAUSE_BYTES);
+                }
                 out
             }
             ToServer::Announce { batch, disk, audited, runs } => {
@@ -529,7 +547,19 @@ impl ToServer {
         let (kind, mut reader) = open(bytes)?;
         let r = &mut reader;
         let message = match kind {
-            1 => ToServer::Hello { next: r.u64("next")?, disks: numbers(r, "disks", MAX_DISKS)? },
+            1 => {
+                let next = r.u64("next")?;
+                let count = r.count("disks", MAX_DISKS, 11)?;
+                let mut disks = Vec::with_capacity(count);
+                for _ in 0..count {
+                    disks.push(ReadDisk {
+                        size: r.u64("size")?,
+                        full: r.bool("full")?,
+                        because: r.text("because", MAX_BECAUSE_BYTES)?,
+                    });
+                }
+                ToServer::Hello { next, disks }
+            }
             2 => ToServer::Announce {
                 batch: r.u64("batch")?,
                 disk: r.u32("disk")?,

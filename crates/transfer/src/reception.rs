@@ -27,7 +27,7 @@ use std::sync::Arc;
 use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
 use crate::digest::digest_runs;
-use crate::message::{Bitmap, MAX_OPEN_BATCHES, Report, Run, ToAgent, ToServer};
+use crate::message::{Bitmap, MAX_OPEN_BATCHES, ReadDisk, Report, Run, ToAgent, ToServer};
 use crate::steer::Order;
 use crate::{
     BlockHash, Figures, Link, LinkError, Payload, Progress, Steer, Store, StoreError, Verdict, blocks_of,
@@ -41,6 +41,11 @@ pub enum ExpectedMode {
     /// At least these bytes; what else is announced comes from the agent's own list.
     Extents {
         /// Bytes that must be announced: what the server wants read again.
+        required: RangeSet,
+    },
+    /// The agent says at the beginning: all of them, or those of its host's tracker and at least these.
+    Tracked {
+        /// Bytes that must be announced in either case.
         required: RangeSet,
     },
 }
@@ -129,6 +134,10 @@ struct OpenBatch {
 struct DiskState {
     size: u64,
     full: bool,
+    /// Whether the agent chooses between a list and everything, and has not yet said which.
+    open: bool,
+    /// How the agent said that it reads.
+    stated: Option<ReadDisk>,
     required: RangeSet,
     /// First block that may be announced next, audits apart.
     cursor: u64,
@@ -194,15 +203,18 @@ impl<'a> Reception<'a> {
         let figures =
             Figures { bytes_logical: disks.iter().map(|disk| disk.size).sum(), ..Figures::default() };
         let disks = disks.into_iter().map(|disk| {
+            let open = matches!(disk.mode, ExpectedMode::Tracked { .. });
             let (full, required) = match disk.mode {
                 ExpectedMode::Full => (true, RangeSet::new()),
-                ExpectedMode::Extents { required } => {
+                ExpectedMode::Extents { required } | ExpectedMode::Tracked { required } => {
                     (false, required.rounded_out(BLOCK_BYTES, u64::MAX / BLOCK_BYTES * BLOCK_BYTES))
                 }
             };
             DiskState {
                 size: disk.size,
                 full,
+                open,
+                stated: None,
                 required,
                 cursor: 0,
                 differing: Vec::new(),
@@ -268,6 +280,11 @@ impl<'a> Reception<'a> {
         self.full_reason.as_deref()
     }
 
+    /// How the agent said that it reads each disk, once it did.
+    pub fn stated(&self) -> Vec<Option<ReadDisk>> {
+        self.disks.iter().map(|disk| disk.stated.clone()).collect()
+    }
+
     /// Where the source differs from the replica before the job.
     pub fn differences(&self) -> Differences {
         let ranges = self.disks.iter().map(|disk| {
@@ -290,13 +307,25 @@ impl<'a> Reception<'a> {
         if disks.len() != self.disks.len() {
             return broken(format!("it has {} disks, expected {}", disks.len(), self.disks.len()));
         }
-        for (index, (found, expected)) in disks.iter().zip(&self.disks).enumerate() {
-            if *found != expected.size {
-                return broken(format!("disk {index} has {found} bytes, expected {}", expected.size));
-            }
-        }
         if next < self.next {
             return broken(format!("it is at batch {next}, received were {}", self.next));
+        }
+        for (index, (found, expected)) in disks.into_iter().zip(&mut self.disks).enumerate() {
+            if found.size != expected.size {
+                return broken(format!("disk {index} has {} bytes, expected {}", found.size, expected.size));
+            }
+            match &expected.stated {
+                Some(stated) if *stated != found => {
+                    return broken(format!("disk {index} is read in another way than at first"));
+                }
+                Some(_) => {}
+                None if expected.open => {
+                    (expected.open, expected.full) = (false, found.full);
+                    expected.stated = Some(found);
+                }
+                // What was ordered is held against the announcements, whatever is said here.
+                None => expected.stated = Some(found),
+            }
         }
         let open = self.open.keys().copied().collect();
         link.send(ToAgent::Resume { next: self.next, finished: self.finished, open })?;

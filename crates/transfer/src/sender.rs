@@ -27,7 +27,7 @@ use model::{BLOCK_BYTES, Cause, RangeSet};
 
 use crate::digest::digest_runs;
 use crate::frame::Packer;
-use crate::message::{Bitmap, MAX_OPEN_BATCHES, Report, ToAgent, ToServer};
+use crate::message::{Bitmap, MAX_OPEN_BATCHES, ReadDisk, Report, ToAgent, ToServer};
 use crate::scan::{Batch, BatchData, Budget, DiskReader, Piece, READ_BLOCKS, ScanError, gather};
 use crate::steer::Order;
 use crate::{BlockHash, FRAME_BLOCKS, Link, LinkError, Payload, Steer};
@@ -53,6 +53,13 @@ pub enum Mode {
         /// Where the audit begins: what the run before gave.
         rotation: u64,
     },
+    /// What the host's own tracker lists, if it can. The host turns this into one of the others before it sends.
+    Tracked {
+        /// The host's description of the disk at the point that the replica is at: it says since when.
+        base: String,
+        /// Where the audit begins.
+        rotation: u64,
+    },
 }
 
 /// What to do with one disk.
@@ -62,6 +69,8 @@ pub struct DiskOrder {
     pub mode: Mode,
     /// Bytes that the server wants read again, besides.
     pub heal: RangeSet,
+    /// What the host says of why it reads so, where the choice was its own; empty otherwise.
+    pub because: String,
 }
 
 /// How much memory, wire and processor a sender takes.
@@ -355,14 +364,14 @@ impl<'scope, 'env> Driver<'scope, 'env, '_> {
         self.connect()?;
         let orders = self.sender.disks.iter().map(|(_, order)| order);
         let bytes_listed = orders.clone().map(|order| match &order.mode {
-            Mode::Full { .. } => 0,
             Mode::Extents { listed, .. } => listed.bytes(),
+            Mode::Full { .. } | Mode::Tracked { .. } => 0,
         });
         self.out.report.bytes_listed = bytes_listed.sum();
         let mut rotations: Vec<u64> = orders
             .map(|order| match order.mode {
-                Mode::Full { .. } => 0,
                 Mode::Extents { rotation, .. } => rotation,
+                Mode::Full { .. } | Mode::Tracked { .. } => 0,
             })
             .collect();
         // A lone pass, and at most one full one after it: a full pass audits nothing.
@@ -539,7 +548,12 @@ impl<'scope, 'env> Driver<'scope, 'env, '_> {
                 unacked.in_flight = 0;
             }
             self.link = Some(Arc::clone(&link));
-            let disks = self.sender.disks.iter().map(|(device, _)| device.size()).collect();
+            let disks = self.sender.disks.iter().map(|(device, order)| ReadDisk {
+                size: device.size(),
+                full: !matches!(order.mode, Mode::Extents { .. }),
+                because: order.because.clone(),
+            });
+            let disks = disks.collect();
             if link.send(ToServer::Hello { next: self.next, disks }).is_err() {
                 continue;
             }

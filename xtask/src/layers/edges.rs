@@ -13,18 +13,19 @@ const ALLOWED: &[(&str, &str)] = &[
     (
         "stillpoint",
         "cli server agent jobs datasource catalog storage-pool transfer filesystem disk-image protocol identity \
-         block-io environment model",
+         block-io environment model nbd",
     ),
     ("cli", "protocol model"),
     ("server", "jobs catalog storage-pool transfer filesystem protocol identity block-io environment model"),
     ("agent", "datasource transfer protocol identity disk-image block-io environment model"),
     ("jobs", "catalog storage-pool transfer filesystem block-io environment model"),
-    ("datasource", "disk-image block-io environment model"),
+    ("datasource", "disk-image block-io environment model nbd"),
     ("catalog", "environment model"),
     ("storage-pool", "block-io environment model"),
     ("transfer", "block-io environment model"),
     ("filesystem", "block-io model"),
     ("disk-image", "block-io model"),
+    ("nbd", "block-io model"),
     ("protocol", "model"),
     // Keys and certificates of servers and agents.
     ("identity", "environment model"),

@@ -88,6 +88,7 @@ pub(super) fn describe(
         size: disk.size(),
         sector: disk.logical_sector_size(),
         chain: chain as u32,
+        tracked: false,
         properties,
     }
 }

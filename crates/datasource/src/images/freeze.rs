@@ -16,8 +16,8 @@ use super::parents::{Chain, Opener};
 use super::scratch;
 use super::sys::{self, OpenSource, Stamp};
 use crate::{
-    DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImagesSource, MachineDescription,
-    MachineSpec, ProviderError,
+    Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImagesSource,
+    MachineDescription, MachineSpec, ProviderError,
 };
 
 /// How often a view is tried while the files change under it.
@@ -204,7 +204,8 @@ fn open_disks(
             .map_err(|error| chain.take_failure().unwrap_or(error))?;
         let description: DiskDescription =
             formats::describe(number, &image.path, device.as_ref(), &info, chain.length());
-        disks.push(FrozenDisk { description, device });
+        let because = "images without a hypervisor have no change tracker".to_owned();
+        disks.push(FrozenDisk { description, device, changed: Changed::Unknown { because } });
     }
     Ok(disks)
 }

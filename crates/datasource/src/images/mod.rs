@@ -64,9 +64,13 @@ impl Images {
     }
 }
 
-fn source(machine: &MachineSpec) -> &ImagesSource {
+fn source(machine: &MachineSpec) -> Result<&ImagesSource, ProviderError> {
     match &machine.source {
-        Source::Images(images) => images,
+        Source::Images(images) => Ok(images),
+        Source::Libvirt(_) => Err(ProviderError::Unsupported {
+            object: machine.name.clone(),
+            reason: "is no machine of image files".to_owned(),
+        }),
     }
 }
 
@@ -75,12 +79,12 @@ impl Provider for Images {
         "images"
     }
 
-    fn inventory(&self) -> Result<Vec<MachineSpec>, ProviderError> {
+    fn inventory(&self) -> Result<Vec<model::HostMachine>, ProviderError> {
         Ok(Vec::new())
     }
 
     fn inspect(&self, machine: &MachineSpec) -> Result<MachineDescription, ProviderError> {
-        freeze::inspect(machine, source(machine))
+        freeze::inspect(machine, source(machine)?)
     }
 
     fn freeze(
@@ -88,7 +92,7 @@ impl Provider for Images {
         machine: &MachineSpec,
         request: &FreezeRequest,
     ) -> Result<Box<dyn FrozenView>, ProviderError> {
-        Ok(Box::new(freeze::freeze(machine, source(machine), request, self.never_reflink)?))
+        Ok(Box::new(freeze::freeze(machine, source(machine)?, request, self.never_reflink)?))
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
@@ -98,7 +102,7 @@ impl Provider for Images {
     fn sweep(&self, machines: &[MachineSpec]) -> Result<Swept, ProviderError> {
         let mut folders: Vec<PathBuf> = Vec::new();
         for machine in machines {
-            let images = source(machine);
+            let images = source(machine)?;
             for image in &images.disks {
                 // A missing image has no leftovers that could be told from its path; its folder may still have.
                 let path = std::fs::canonicalize(&image.path).unwrap_or_else(|_| image.path.clone());

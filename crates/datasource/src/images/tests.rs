@@ -34,7 +34,7 @@ fn machine(disks: &[&Path], allow: &[&Path]) -> MachineSpec {
 }
 
 fn request() -> FreezeRequest {
-    FreezeRequest { job: JobId([9; 16]), wanted: Consistency::Offline }
+    FreezeRequest { job: JobId([9; 16]), wanted: Consistency::Offline, since: Vec::new() }
 }
 
 fn freeze(provider: &Images, disks: &[&Path], allow: &[&Path]) -> Result<Box<dyn FrozenView>, ProviderError> {
@@ -126,13 +126,13 @@ fn a_spec_round_trips_and_a_raw_disk_may_have_other_sectors() {
     let path = folder.path().join("disk.img");
     image(&path, ImageFormat::Raw, &pattern(8192, 1));
     let mut spec = machine(&[&path], &[folder.path()]);
-    let Source::Images(images) = &mut spec.source;
+    let Source::Images(images) = &mut spec.source else { panic!("images") };
     images.disks[0].sector = Some(4096);
     let text = serde_json::to_string(&spec).unwrap();
     assert!(text.contains(r#""provider":"images""#), "{text}");
     let spec: MachineSpec = serde_json::from_str(&text).unwrap();
     assert_eq!(Images::new().inspect(&spec).unwrap().disks[0].sector, 4096);
-    let Source::Images(mut images) = spec.source;
+    let Source::Images(mut images) = spec.source else { panic!("images") };
     images.disks[0].sector = Some(1000);
     let spec = MachineSpec { source: Source::Images(images), ..machine(&[], &[]) };
     assert!(matches!(Images::new().inspect(&spec), Err(ProviderError::Format { .. })));

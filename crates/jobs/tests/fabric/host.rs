@@ -94,8 +94,12 @@ impl FakeHost {
     }
 
     fn view(disks: &[Vec<u8>]) -> MachineView {
-        let disk =
-            |disk: &Vec<u8>| DiskView { size: disk.len() as u64, sector: 512, description: "{}".to_owned() };
+        let disk = |disk: &Vec<u8>| DiskView {
+            size: disk.len() as u64,
+            sector: 512,
+            description: "{}".to_owned(),
+            tracked: false,
+        };
         MachineView { disks: disks.iter().map(disk).collect() }
     }
 }
@@ -280,6 +284,10 @@ impl Receiving for FakeReceiving {
 }
 
 impl ProtectedHost for FakeHost {
+    fn machines(&self) -> Result<Vec<model::HostMachine>, Problem> {
+        Ok(Vec::new())
+    }
+
     fn inspect(&self, _machine: &Machine) -> Result<MachineView, Problem> {
         Ok(FakeHost::view(&self.0.disks.lock().unwrap()))
     }

@@ -8,10 +8,10 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json, Router};
 use model::{Code, Consistency, Problem};
 use protocol::api::{
-    AddImage, Alert, AllocatedPage, BASE, CopyPool, Datasource, Direct, Host, Job, JobEvent, JobLogLine,
-    JobRequest, KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus,
-    ProblemBody, Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, RemoveData,
-    Started, Status, Synchronize, Time, TokenMade, VerifyPool, Version,
+    AddImage, AddMachine, Alert, AllocatedPage, BASE, CopyPool, Datasource, Direct, Host, Job, JobEvent,
+    JobLogLine, JobRequest, KeyGeneration, KitFile, KitReport, ListedMachine, MakeToken, Page, PageQuery,
+    Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget,
+    RecoveryPoint, RemoveData, Started, Status, Synchronize, Time, TokenMade, VerifyPool, Version,
 };
 use serde::Deserialize;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -89,6 +89,8 @@ fn parts() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(job_log))
         .routes(routes!(job_events))
         .routes(routes!(cancel_job))
+        .routes(routes!(machines))
+        .routes(routes!(add_machine))
         .routes(routes!(hosts))
         .routes(routes!(make_token))
         .routes(routes!(revoke_host))
@@ -194,6 +196,40 @@ async fn add_image(allowed: Allowed<Operate>, Body(request): Body<AddImage>) -> 
     }
     request.images.iter().chain(&request.allow_backing).try_for_each(|path| check_path(path))?;
     let added = allowed.ask(move |service, by| service.add_image(by, &request)).await?;
+    Ok((StatusCode::CREATED, Json(added)).into_response())
+}
+
+/// Which machines.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct MachinesQuery {
+    /// Name, id or unique prefix of an enrolled host; the server's own machine if absent.
+    host: Option<String>,
+    /// `next` of the page before.
+    after: Option<String>,
+    /// At most so many items: 100 if absent, never more than 10000.
+    limit: Option<u32>,
+}
+
+/// List machines that a host's hypervisor knows, and whether and how far they can be protected.
+#[utoipa::path(get, path = "/machines", tag = "datasources", params(MachinesQuery),
+    responses((status = 200, body = Page<ListedMachine>), (status = "default", body = ProblemBody)))]
+async fn machines(allowed: Allowed<Read>, Query(q): Query<MachinesQuery>) -> Answer<Page<ListedMachine>> {
+    allowed
+        .ask(move |service, _| service.machines(q.host.as_deref(), &page(q.after, q.limit)))
+        .await
+        .map(Json)
+}
+
+/// Add a machine of a hypervisor.
+#[utoipa::path(post, path = "/datasources/machines", tag = "datasources", request_body = AddMachine,
+    responses((status = 201, body = Datasource), (status = "default", body = ProblemBody)))]
+async fn add_machine(
+    allowed: Allowed<Operate>,
+    Body(request): Body<AddMachine>,
+) -> Result<Response, Failure> {
+    let added = allowed.ask(move |service, by| service.add_machine(by, &request)).await?;
     Ok((StatusCode::CREATED, Json(added)).into_response())
 }
 

@@ -12,9 +12,9 @@ use std::time::Duration;
 use block_io::BlockDevice;
 use model::{Consistency, JobId, Problem, Timestamp};
 use protocol::api::{
-    AddImage, Alert, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest, KeyGeneration, KitFile,
-    KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, Recipient, RecoveryPoint, Started,
-    Status, TokenMade,
+    AddImage, AddMachine, Alert, Datasource, Host, Job, JobEvent, JobLogLine, JobRequest, KeyGeneration,
+    KitFile, KitReport, ListedMachine, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, Recipient,
+    RecoveryPoint, Started, Status, TokenMade,
 };
 
 /// Where a request came in.
@@ -85,6 +85,11 @@ pub trait Service: Send + Sync + 'static {
     fn datasource(&self, name: &str) -> Result<Datasource, Problem>;
     /// Adds a machine made of image files. The same name with the same images again gives the same datasource.
     fn add_image(&self, by: &Caller, request: &AddImage) -> Result<Datasource, Problem>;
+
+    /// Machines that a host knows by itself, by name; `None` is the server's own.
+    fn machines(&self, host: Option<&str>, page: &PageQuery) -> Result<Page<ListedMachine>, Problem>;
+    /// Adds one of them. Again gives the same datasource.
+    fn add_machine(&self, by: &Caller, request: &AddMachine) -> Result<Datasource, Problem>;
 
     /// Starts a job. Returns at once; the job may have ended already (`protect` of a protected machine).
     fn start(&self, by: &Caller, request: &JobRequest) -> Result<Started, Problem>;

@@ -59,6 +59,12 @@ impl Service for Fake {
     fn add_image(&self, _: &Caller, _: &AddImage) -> Result<Datasource, Problem> {
         nothing()
     }
+    fn machines(&self, _: Option<&str>, _: &PageQuery) -> Result<Page<ListedMachine>, Problem> {
+        Ok(Page { items: Vec::new(), next: None })
+    }
+    fn add_machine(&self, _: &Caller, _: &AddMachine) -> Result<Datasource, Problem> {
+        nothing()
+    }
     fn start(&self, _: &Caller, request: &JobRequest) -> Result<Started, Problem> {
         Ok(Started { job: job(Some(request)) })
     }
@@ -234,7 +240,7 @@ async fn every_route_of_the_document_denies_without_a_right_token() {
             routes += 1;
         }
     }
-    assert_eq!(routes, 38);
+    assert_eq!(routes, 40);
 }
 
 #[tokio::test]

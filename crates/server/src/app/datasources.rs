@@ -1,8 +1,11 @@
 //! Datasources as documents of the pool: what must survive the loss of the catalog.
 
 use model::{Code, DatasourceId, HostId, Problem};
-use protocol::api::{AddImage, Datasource, DatasourceDisk, DatasourceState, DiskFormat, PointBrief, Time};
-use protocol::machine::{ImageFile, images_definition};
+use protocol::api::{
+    AddImage, AddMachine, Datasource, DatasourceDisk, DatasourceState, DiskFormat, ListedDisk, ListedMachine,
+    PointBrief, Time,
+};
+use protocol::machine::{ImageFile, images_definition, libvirt_definition};
 use serde::{Deserialize, Serialize};
 
 use super::App;
@@ -212,6 +215,114 @@ impl App {
             .map(|(disk, index)| DatasourceDisk {
                 disk: index,
                 path: request.images.get(index as usize).cloned().unwrap_or_default(),
+                format: super::mapping::image_format(&disk.description),
+                bytes: disk.size,
+            })
+            .collect();
+        self.store_datasource(&stored)?;
+        self.parts.history.sync(self.pool())?;
+        Ok(self.api_datasource(&stored))
+    }
+
+    /// Machines that a host knows by itself.
+    pub(crate) fn listed_machines(&self, host: Option<&str>) -> Result<Vec<ListedMachine>, Problem> {
+        let host = self.find_host(host)?;
+        let machines = self.parts.hosts.host(host.as_ref().map(|host| host.0))?.machines()?;
+        let known = self.stored_datasources();
+        let listed = machines.into_iter().map(|machine| ListedMachine {
+            id: machine.id,
+            name: machine.name,
+            host: host.as_ref().map(|host| host.1.clone()),
+            provider: machine.provider,
+            power: machine.power.word().to_owned(),
+            guest_agent: machine.guest_agent,
+            is_datasource: known.iter().any(|known| known.id == machine.id && !known.removed),
+            disks: machine
+                .disks
+                .into_iter()
+                .map(|disk| ListedDisk {
+                    name: disk.name,
+                    storage: disk.storage,
+                    format: disk.format,
+                    bus: disk.bus,
+                    bytes: disk.bytes,
+                    chain: disk.chain,
+                    unprotected: disk.unprotected,
+                })
+                .collect(),
+        });
+        Ok(listed.collect())
+    }
+
+    /// Makes a machine of a hypervisor a datasource, under its own identity.
+    pub(crate) fn add_machine(&self, request: &AddMachine) -> Result<Datasource, Problem> {
+        self.writable()?;
+        let host = self.find_host(request.host.as_deref())?;
+        let (host, host_name) = host.map_or((None, String::new()), |host| (Some(host.0), host.1));
+        let machines = self.parts.hosts.host(host)?.machines()?;
+        let ids: Vec<String> = machines.iter().map(|machine| machine.id.to_string()).collect();
+        let named: Vec<Named<'_>> = machines
+            .iter()
+            .zip(&ids)
+            .map(|(machine, id)| Named { id, name: &machine.name, host: None })
+            .collect();
+        let at = names::resolve("machine", &request.machine, &named)?;
+        let machine = machines.get(at).ok_or_else(|| Problem::new(Code::NotFound, "No such machine."))?;
+        if let Some(unknown) =
+            request.exclude.iter().find(|name| !machine.disks.iter().any(|disk| disk.name == **name))
+        {
+            let has: Vec<&str> = machine.disks.iter().map(|disk| disk.name.as_str()).collect();
+            return Err(Problem::new(
+                Code::Usage,
+                format!("{} has no disk {unknown}; it has {}.", machine.name, has.join(", ")),
+            ));
+        }
+        let definition = libvirt_definition(machine.id, &machine.name, &request.exclude);
+        let others = self.stored_datasources();
+        if let Some(known) = others.iter().find(|known| known.id == machine.id && !known.removed) {
+            if known.definition == definition && known.host == host {
+                return Ok(self.api_datasource(known));
+            }
+            return Err(Problem::new(
+                Code::NameTaken,
+                format!(
+                    "The machine {} is the datasource {} already, otherwise defined.",
+                    machine.name, known.name
+                ),
+            )
+            .about(known.name.clone())
+            .hint("Remove it first: `datasource remove .. --keep-data` keeps its points."));
+        }
+        if others.iter().any(|known| !known.removed && known.name == machine.name && known.host == host) {
+            return Err(Problem::new(
+                Code::NameTaken,
+                format!("Another datasource is called {} on this host.", machine.name),
+            )
+            .about(machine.name.clone()));
+        }
+        let mut stored = StoredDatasource {
+            id: machine.id,
+            name: machine.name.clone(),
+            host,
+            host_name,
+            provider: machine.provider.clone(),
+            definition,
+            disks: Vec::new(),
+            removed: false,
+        };
+        let view = self.parts.hosts.host(host)?.inspect(&stored.machine())?;
+        let protected = machine
+            .disks
+            .iter()
+            .filter(|disk| disk.unprotected.is_none() && !request.exclude.contains(&disk.name));
+        stored.disks = view
+            .disks
+            .iter()
+            .zip(protected)
+            .zip(0u32..)
+            .map(|((disk, listed), index)| DatasourceDisk {
+                disk: index,
+                path: listed.storage.clone(),
                 format: super::mapping::image_format(&disk.description),
                 bytes: disk.size,
             })

@@ -7,9 +7,9 @@ use std::time::Duration;
 use block_io::BlockDevice;
 use model::{Code, Consistency, JobId, PointState, Problem, Timestamp};
 use protocol::api::{
-    AddImage, Alert, Datasource, Health, Host, HostState, Job, JobLogLine, JobRequest, JobState,
-    KeyGeneration, KitFile, KitReport, MakeToken, Page, PageQuery, Plan, PointDiff, PoolStatus, Recipient,
-    RecipientKind, RecoveryPoint, Started, Status, TokenMade,
+    AddImage, AddMachine, Alert, Datasource, Health, Host, HostState, Job, JobLogLine, JobRequest, JobState,
+    KeyGeneration, KitFile, KitReport, ListedMachine, MakeToken, Page, PageQuery, Plan, PointDiff,
+    PoolStatus, Recipient, RecipientKind, RecoveryPoint, Started, Status, TokenMade,
 };
 
 use super::folder::{open_kit, write_kit};
@@ -156,6 +156,14 @@ impl Service for AppService {
     fn datasource(&self, name: &str) -> Result<Datasource, Problem> {
         let app = self.app();
         Ok(app.api_datasource(&app.find_datasource(name)?))
+    }
+
+    fn machines(&self, host: Option<&str>, query: &PageQuery) -> Result<Page<ListedMachine>, Problem> {
+        page(self.app().listed_machines(host)?, query)
+    }
+
+    fn add_machine(&self, _by: &Caller, request: &AddMachine) -> Result<Datasource, Problem> {
+        self.app().add_machine(request)
     }
 
     fn add_image(&self, _by: &Caller, request: &AddImage) -> Result<Datasource, Problem> {

@@ -763,7 +763,8 @@ impl App {
         let mut total = 0;
         for (index, (disk, planned)) in view.disks.iter().zip(&found.disks).enumerate() {
             let bytes = match &planned.read {
-                jobs::decide::Read::Full => disk.size,
+                // What the host's tracker will list is not known yet.
+                jobs::decide::Read::Full | jobs::decide::Read::Tracked { .. } => disk.size,
                 jobs::decide::Read::Extents(list) => list.rounded_out(model::BLOCK_BYTES, disk.size).bytes(),
             };
             total += bytes;

@@ -15,7 +15,7 @@ use jobs::port::{AgentEnd, TargetEnd};
 use jobs::{
     DiskView, Machine, MachineView, ProtectedHost, ReceiveOrder, Receiving, SendOrder, Sending, SentView,
 };
-use model::{Code, HostId, JobId, Problem, RangeSet};
+use model::{Code, HostId, HostMachine, JobId, Problem, RangeSet};
 use protocol::channel::{ChannelError, Doorway};
 use protocol::machine::{MachineReport, SentReport};
 use protocol::stream::JobStreams;
@@ -31,6 +31,8 @@ use crate::session::{AgentSession, PendingCommand, SessionRegistry};
 const LOOK: Duration = Duration::from_millis(200);
 /// Ranges to heal in one order: they travel in the order itself, which has a largest size.
 const HEAL_RANGES: usize = 8 * 1024;
+/// Most machines of a host: no hypervisor of today runs a tenth of it.
+const MACHINES: usize = 16 * 1024;
 /// Longest description of a disk.
 const DESCRIPTION_BYTES: usize = 64 * 1024;
 /// The largest disk of any format (VHDX: 64 TB).
@@ -89,6 +91,18 @@ impl RemoteHost {
             }
             std::thread::sleep(LOOK);
         }
+    }
+
+    /// The answer to a quick question.
+    fn answer(&self, question: command::Kind) -> Result<String, Problem> {
+        let command = self.session()?.start(question)?;
+        command.wait_for(self.times.answer).ok_or_else(|| {
+            Problem::new(
+                Code::AgentUnreachable,
+                format!("Host {} did not answer within {} seconds.", self.name, self.times.answer.as_secs()),
+            )
+            .about(self.name.clone())
+        })?
     }
 
     fn start(
@@ -153,7 +167,12 @@ fn checked(report: MachineReport) -> Result<MachineView, Problem> {
         if disk.description.len() > DESCRIPTION_BYTES {
             return Err(broken(format!("Disk {index} is described in {} bytes.", disk.description.len())));
         }
-        Ok(DiskView { size: disk.size, sector: disk.sector, description: disk.description })
+        Ok(DiskView {
+            size: disk.size,
+            sector: disk.sector,
+            description: disk.description,
+            tracked: disk.tracked,
+        })
     });
     Ok(MachineView { disks: disks.collect::<Result<_, Problem>>()? })
 }
@@ -163,17 +182,18 @@ fn parsed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T, Problem> {
 }
 
 impl ProtectedHost for RemoteHost {
+    fn machines(&self) -> Result<Vec<HostMachine>, Problem> {
+        let json = self.answer(command::Kind::ListInventory(v0::ListInventory::default()))?;
+        let machines: Vec<HostMachine> = parsed(&json)?;
+        if machines.len() > MACHINES {
+            return Err(broken(format!("The agent lists {} machines, at most {MACHINES}.", machines.len())));
+        }
+        Ok(machines)
+    }
+
     fn inspect(&self, machine: &Machine) -> Result<MachineView, Problem> {
         let inspect = v0::Inspect { machine: Some(spec(&machine.definition)) };
-        let command = self.session()?.start(command::Kind::Inspect(inspect))?;
-        let json = command.wait_for(self.times.answer).ok_or_else(|| {
-            Problem::new(
-                Code::AgentUnreachable,
-                format!("Host {} did not answer within {} seconds.", self.name, self.times.answer.as_secs()),
-            )
-            .about(self.name.clone())
-        })??;
-        checked(parsed(&json)?)
+        checked(parsed(&self.answer(command::Kind::Inspect(inspect))?)?)
     }
 
     fn send(&self, order: SendOrder) -> Result<Box<dyn Sending>, Problem> {
@@ -183,6 +203,9 @@ impl ProtectedHost for RemoteHost {
                 Mode::Extents { listed, rotation } => {
                     let ranges = at_most(listed, LIST_RANGES / order.disks.len().max(1));
                     (disk_read::Mode::Extents(v0::ChangedExtents { ranges, pages: 0 }), *rotation)
+                }
+                Mode::Tracked { base, rotation } => {
+                    (disk_read::Mode::Tracked(v0::Tracked { base_json: base.clone() }), *rotation)
                 }
             };
             v0::DiskRead {
@@ -430,6 +453,7 @@ mod tests {
             size,
             sector,
             description: "x".repeat(text),
+            tracked: false,
         };
         let one = |disk| checked(MachineReport { disks: vec![disk] });
         assert!(one(disk(1 << 30, 512, 10)).is_ok());

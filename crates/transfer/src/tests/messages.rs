@@ -1,7 +1,7 @@
 //! Golden bytes of protocol version 0, limits, and hostile byte strings.
 
 use super::*;
-use crate::message::{Bitmap, Report, Run};
+use crate::message::{Bitmap, ReadDisk, Report, Run};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -34,8 +34,14 @@ fn text() -> String {
 fn to_server() -> Vec<(ToServer, &'static str)> {
     vec![
         (
-            ToServer::Hello { next: 7, disks: vec![65_536, 1 << 40] },
-            "00010700000000000000020000000100000000000000000000010000",
+            ToServer::Hello {
+                next: 7,
+                disks: vec![
+                    ReadDisk { size: 65_536, full: true, because: "checkpoint c1 is gone".to_owned() },
+                    ReadDisk { size: 1 << 40, full: false, because: String::new() },
+                ],
+            },
+            "0001070000000000000002000000010000000000011500636865636b706f696e7420633120697320676f6e650000000000010000000000",
         ),
         (
             ToServer::Announce { batch: 258, disk: 1, audited: true, runs: runs() },

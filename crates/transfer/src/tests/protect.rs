@@ -11,14 +11,23 @@ use model::{BLOCK_BYTES, ByteRange, Cause, RangeSet};
 
 use super::*;
 use crate::digest::digest_runs;
-use crate::message::{Bitmap, Report, Run, ToAgent, ToServer};
+use crate::message::{Bitmap, ReadDisk, Report, Run, ToAgent, ToServer};
 
 fn full() -> DiskOrder {
-    DiskOrder { mode: Mode::Full { cause: Cause::new("full scan", ["test"]) }, heal: RangeSet::new() }
+    DiskOrder {
+        mode: Mode::Full { cause: Cause::new("full scan", ["test"]) },
+        heal: RangeSet::new(),
+        because: String::new(),
+    }
 }
 
 fn extents(listed: RangeSet, rotation: u64) -> DiskOrder {
-    DiskOrder { mode: Mode::Extents { listed, rotation }, heal: RangeSet::new() }
+    DiskOrder { mode: Mode::Extents { listed, rotation }, heal: RangeSet::new(), because: String::new() }
+}
+
+/// A disk as a hello tells it.
+fn read(size: u64) -> ReadDisk {
+    ReadDisk { size, full: false, because: String::new() }
 }
 
 fn small() -> SenderSettings {
@@ -41,6 +50,7 @@ fn expected_of(disks: &[(Arc<dyn BlockDevice>, DiskOrder)]) -> Vec<ExpectedDisk>
             mode: match &order.mode {
                 Mode::Full { .. } => ExpectedMode::Full,
                 Mode::Extents { .. } => ExpectedMode::Extents { required: order.heal.clone() },
+                Mode::Tracked { .. } => ExpectedMode::Tracked { required: order.heal.clone() },
             },
         })
         .collect()
@@ -351,7 +361,7 @@ impl Link<ToAgent, ToServer> for FewWords {
 fn a_frame_that_completes_several_batches_does_so_though_the_link_breaks_between_the_words() {
     let block = NumberedDisk::block(1, 1);
     let hash = hash_block(&block);
-    let hello = |next| ToServer::Hello { next, disks: vec![4 * BLOCK_BYTES] };
+    let hello = |next| ToServer::Hello { next, disks: vec![read(4 * BLOCK_BYTES)] };
     // Content that a batch waits for is on its way for the one before.
     let script = || {
         let say = |n| ToServer::Announce {
@@ -584,7 +594,8 @@ fn hostile(mode: ExpectedMode, messages: Vec<ToServer>) -> (Result<Served, Recep
 fn a_hostile_agent_gets_nowhere() {
     let noise = |seed| NumberedDisk::block(seed, seed);
     let hash = |seed| hash_block(&noise(seed));
-    let hello = || ToServer::Hello { next: 0, disks: vec![4 * BLOCK_BYTES] };
+    let hello = || ToServer::Hello { next: 0, disks: vec![read(4 * BLOCK_BYTES)] };
+    let whole = || ToServer::Hello { next: 0, disks: vec![ReadDisk { full: true, ..read(4 * BLOCK_BYTES) }] };
     let runs =
         |first, seeds: &[u64]| vec![Run::Data { first, hashes: seeds.iter().map(|&s| hash(s)).collect() }];
     let say = |batch, runs| ToServer::Announce { batch, disk: 0, audited: false, runs };
@@ -607,8 +618,8 @@ fn a_hostile_agent_gets_nowhere() {
     let bomb = zstd(&vec![0; 64 * BLOCK]);
     let trailing = [zstd(&noise(1)), zstd(&[])].concat();
     let cases: Vec<(&str, ExpectedMode, Vec<ToServer>)> = vec![
-        ("other size", some(), vec![ToServer::Hello { next: 0, disks: vec![BLOCK_BYTES] }]),
-        ("more disks", some(), vec![ToServer::Hello { next: 0, disks: vec![4 * BLOCK_BYTES; 2] }]),
+        ("other size", some(), vec![ToServer::Hello { next: 0, disks: vec![read(BLOCK_BYTES)] }]),
+        ("more disks", some(), vec![ToServer::Hello { next: 0, disks: vec![read(4 * BLOCK_BYTES); 2] }]),
         ("wrong bytes", some(), vec![hello(), say(0, runs(0, &[1])), frame(0, &[0], noise(2))]),
         (
             "wrong order",
@@ -651,6 +662,11 @@ fn a_hostile_agent_gets_nowhere() {
         ),
         ("a block twice", some(), vec![hello(), say(0, runs(1, &[1])), say(1, runs(1, &[2]))]),
         ("backwards", some(), vec![hello(), say(0, runs(1, &[1])), say(1, runs(0, &[2]))]),
+        (
+            "a gap where the host said in full",
+            ExpectedMode::Tracked { required: RangeSet::new() },
+            vec![whole(), say(0, runs(0, &[1])), say(1, runs(2, &[2]))],
+        ),
         ("a gap in full", ExpectedMode::Full, vec![hello(), say(0, runs(0, &[1])), say(1, runs(2, &[2]))]),
         ("a gap where required", needs(), vec![hello(), say(0, runs(0, &[1])), say(1, runs(2, &[2]))]),
         (
@@ -703,7 +719,7 @@ fn a_hostile_agent_gets_nowhere() {
 
 #[test]
 fn audits_and_unlisted_blocks_change_nothing() {
-    let hello = ToServer::Hello { next: 0, disks: vec![4 * BLOCK_BYTES] };
+    let hello = ToServer::Hello { next: 0, disks: vec![read(4 * BLOCK_BYTES)] };
     let audit = ToServer::Announce {
         batch: 0,
         disk: 0,
@@ -736,4 +752,39 @@ fn a_server_that_lost_the_transfer_is_noticed() {
         let result = sender.run(&mut dial);
         assert!(matches!(result, Err(SenderError::ProtocolBroken(_))), "{result:?}");
     });
+}
+
+#[test]
+fn where_the_host_tracks_it_says_how_it_reads_and_keeps_to_it() {
+    let tracked = || ExpectedMode::Tracked { required: RangeSet::new() };
+    let because = "the list of checkpoint c1".to_owned();
+    let all: RangeSet = [ByteRange { start: 0, end: 4 * BLOCK_BYTES }].into_iter().collect();
+    for (order, full) in [(extents(all, 0), false), (full(), true)] {
+        let order = DiskOrder { because: because.clone(), ..order };
+        let sender = Sender::new(vec![(Arc::new(noisy_disk(4)), order)], small());
+        let (near, far) = crate::pair::<ToServer, ToAgent>(64);
+        let mut store = MemoryStore::default();
+        let mut end = Some(Box::new(near) as Box<dyn Link<ToServer, ToAgent>>);
+        std::thread::scope(|scope| {
+            scope.spawn(|| sender.run(&mut Dial(|| Ok(end.take().unwrap()))).unwrap());
+            let expected = ExpectedDisk { size: 4 * BLOCK_BYTES, mode: tracked() };
+            let mut reception = Reception::new(&mut store, vec![expected], &Silent, Steer::new());
+            assert!(matches!(reception.serve(Arc::new(far)), Ok(Served::Finished(_))));
+            let stated = reception.stated();
+            assert_eq!(stated, [Some(ReadDisk { full, because: because.clone(), ..read(4 * BLOCK_BYTES) })]);
+        });
+        assert_eq!(store.replica.len(), 4);
+    }
+    // Another link of the same transfer must not say anything else.
+    let hello = |full| ToServer::Hello { next: 0, disks: vec![ReadDisk { full, ..read(4 * BLOCK_BYTES) }] };
+    let mut store = MemoryStore::default();
+    let expected = ExpectedDisk { size: 4 * BLOCK_BYTES, mode: tracked() };
+    let mut reception = Reception::new(&mut store, vec![expected], &Silent, Steer::new());
+    for (full, is_taken) in [(true, true), (true, true), (false, false)] {
+        let (near, far) = crate::pair::<ToServer, ToAgent>(8);
+        near.send(hello(full)).unwrap();
+        near.close(LinkError::Cut("test".to_owned()));
+        let served = reception.serve(Arc::new(far));
+        assert_eq!(matches!(served, Ok(Served::Cut)), is_taken, "{served:?}");
+    }
 }

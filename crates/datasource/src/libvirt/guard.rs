@@ -1,0 +1,212 @@
+//! Whoever freezes a guest's file systems has somebody beside him who thaws them: at the limit, and when he is gone.
+//!
+//! The guard is a process of its own where the program is known (it outlives a kill of the agent), else a thread. Both are told
+//! by a pipe: a byte means that all is thawed and the guard may go; the end of the pipe means that the agent died.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::rpc::{Connection, LibvirtError};
+
+/// The hidden subcommand that carries a guard.
+pub const SUBCOMMAND: &str = "__thaw-guard";
+/// How long one attempt to thaw may take.
+const ATTEMPT: Duration = Duration::from_secs(10);
+/// How often a guard tries; a guest's agent that does not answer may be busy with the freeze itself.
+const ATTEMPTS: u32 = 30;
+
+/// What a guard needs to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Watch {
+    /// libvirt's socket.
+    pub socket: PathBuf,
+    /// The machine.
+    pub uuid: [u8; 16],
+    /// How long file systems may be frozen.
+    pub limit: Duration,
+    /// The note that says that they may be frozen; taken away once they are thawed.
+    pub note: PathBuf,
+}
+
+impl Watch {
+    /// As words of a command line.
+    pub fn words(&self) -> Vec<std::ffi::OsString> {
+        vec![
+            SUBCOMMAND.into(),
+            self.socket.clone().into(),
+            hex(&self.uuid).into(),
+            self.limit.as_millis().to_string().into(),
+            self.note.clone().into(),
+        ]
+    }
+
+    /// From the words after the subcommand.
+    pub fn from_words(words: &[std::ffi::OsString]) -> Option<Watch> {
+        let [socket, uuid, limit, note] = words else { return None };
+        Some(Watch {
+            socket: socket.into(),
+            uuid: unhex(uuid.to_str()?)?,
+            limit: Duration::from_millis(limit.to_str()?.parse().ok()?),
+            note: note.into(),
+        })
+    }
+}
+
+/// 32 digits.
+pub(super) fn hex(bytes: &[u8; 16]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
+    if text.len() != 32 || !text.is_ascii() {
+        return None;
+    }
+    for (n, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * n..2 * n + 2)?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// Stands guard until told to go; thaws at the limit or when the pipe ends. True if it had to.
+pub fn stand(watch: &Watch, mut pipe: impl Read + Send + 'static) -> bool {
+    let (told, tells) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut byte = [0];
+        let may_go = matches!(pipe.read(&mut byte), Ok(1));
+        // Nobody listens once the limit has passed.
+        let _ = told.send(may_go);
+    });
+    if let Ok(true) = tells.recv_timeout(watch.limit) {
+        return false;
+    }
+    thaw(watch);
+    true
+}
+
+/// Thaws a machine's file systems and takes the note away, or says why that could not be done.
+pub(super) fn thaw(watch: &Watch) -> bool {
+    for attempt in 0..ATTEMPTS {
+        if attempt > 0 {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        let is_thawed = Connection::open(&watch.socket).and_then(|mut connection| {
+            match connection.domain(&watch.uuid)? {
+                // A machine that is gone or off has nothing frozen.
+                None => Ok(()),
+                Some(domain) if domain.id < 0 => Ok(()),
+                Some(domain) => connection.thaw(&domain, ATTEMPT).map(drop),
+            }
+        });
+        if is_thawed.is_ok() {
+            // A note that stays is looked at again by the next sweep.
+            let _ = std::fs::remove_file(&watch.note);
+            return true;
+        }
+    }
+    false
+}
+
+enum Carrier {
+    Process(Child),
+    Thread,
+}
+
+/// A guard at work.
+pub(super) struct Guard {
+    carrier: Carrier,
+    pipe: Option<Box<dyn Write + Send>>,
+    began: Instant,
+    limit: Duration,
+}
+
+impl Guard {
+    /// Posts a guard. `program` is this program, where it has the subcommand.
+    pub(super) fn post(watch: &Watch, program: Option<&Path>) -> Result<Guard, LibvirtError> {
+        let failed = |error: std::io::Error| LibvirtError::Lost(format!("no guard for the thaw: {error}"));
+        let (carrier, pipe): (Carrier, Box<dyn Write + Send>) = match program {
+            Some(program) => {
+                let mut child = Command::new(program)
+                    .args(watch.words())
+                    .stdin(Stdio::piped())
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .map_err(failed)?;
+                let pipe = child.stdin.take();
+                let pipe = pipe.ok_or_else(|| LibvirtError::Lost("the guard has no pipe".to_owned()))?;
+                (Carrier::Process(child), Box::new(pipe))
+            }
+            None => {
+                let (near, far) = UnixStream::pair().map_err(failed)?;
+                let watch = watch.clone();
+                std::thread::spawn(move || stand(&watch, far));
+                (Carrier::Thread, Box::new(near))
+            }
+        };
+        Ok(Guard { carrier, pipe: Some(pipe), began: Instant::now(), limit: watch.limit })
+    }
+
+    /// Lets the guard go: everything is thawed. False if it was too late.
+    pub(super) fn dismiss(mut self) -> bool {
+        let in_time = self.began.elapsed() < self.limit;
+        let told =
+            self.pipe.take().is_some_and(|mut pipe| pipe.write_all(&[1]).and_then(|()| pipe.flush()).is_ok());
+        if let Carrier::Process(child) = &mut self.carrier {
+            // It ends by itself: at once, or when it has thawed.
+            let _ = child.wait();
+        }
+        in_time && told
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // The end of the pipe makes the guard thaw; then it must have ended before anybody goes on.
+        if self.pipe.take().is_some()
+            && let Carrier::Process(child) = &mut self.carrier
+        {
+            let _ = child.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_watch_travels_as_words() {
+        let watch = Watch {
+            socket: "/run/libvirt/libvirt-sock".into(),
+            uuid: *b"0123456789abcdef",
+            limit: Duration::from_millis(3000),
+            note: "/run/stillpoint/frozen".into(),
+        };
+        let words = watch.words();
+        assert_eq!(words[0], SUBCOMMAND);
+        assert_eq!(Watch::from_words(&words[1..]), Some(watch));
+        assert_eq!(Watch::from_words(&words), None);
+        let wrong: Vec<std::ffi::OsString> = ["s", "zz", "1", "n"].map(Into::into).to_vec();
+        assert_eq!(Watch::from_words(&wrong), None);
+    }
+
+    #[test]
+    fn a_guard_that_is_told_does_nothing() {
+        let watch = Watch {
+            socket: "/nonexistent".into(),
+            uuid: [0; 16],
+            limit: Duration::from_secs(60),
+            note: "/nonexistent".into(),
+        };
+        let (mut near, far) = UnixStream::pair().unwrap();
+        near.write_all(&[1]).unwrap();
+        assert!(!stand(&watch, far));
+        assert!(Guard::post(&watch, None).unwrap().dismiss());
+    }
+}

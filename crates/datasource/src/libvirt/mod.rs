@@ -1,0 +1,300 @@
+//! Machines of libvirt: QEMU and KVM.
+//!
+//! Running machines are frozen by their guest agent, given a checkpoint and read over NBD while they go on; what changed since
+//! the newest point comes from QEMU's dirty bitmaps. Stopped machines are read from their image files. Decision and order of
+//! steps: docs/design/0020-libvirt.md.
+//!
+//! Refuses to know: the server, the pool, what is done with the bytes.
+//!
+//! Invariants
+//! - A guest that was frozen is thawed, also if this program is killed (`guard`). (must)
+//! - A list counts only if libvirt and QEMU made it from the checkpoint that the newest point names, for the same file of the
+//!   same disk; in any doubt it is unknown what changed (INV-22). (must)
+//! - What is not named by our mark is never removed (INV-21). (must)
+
+mod definition;
+pub mod guard;
+mod rpc;
+mod view;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use model::{DatasourceId, HostDisk, HostMachine, Power};
+
+pub use rpc::LibvirtError;
+pub use view::LibvirtView;
+
+use crate::images::Images;
+use crate::{
+    FreezeRequest, FrozenView, ImageSource, ImagesSource, LibvirtSource, MachineDescription, MachineSpec,
+    Provider, ProviderError, RecoveryTarget, Source, Swept, TargetRequest,
+};
+use rpc::{Connection, Domain, State};
+use view::Claim;
+
+/// Begins the name of every checkpoint of ours; the job's id follows.
+const CHECKPOINT: &str = "stillpoint-";
+/// Begins the description of every checkpoint of ours; the datasource's id follows.
+const DESCRIPTION: &str = "stillpoint ";
+/// Begins the name of every scratch file and socket of ours.
+const FILE_MARK: &str = ".stillpoint-";
+
+/// How the provider works.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// libvirt's socket.
+    pub socket: PathBuf,
+    /// Where QEMU keeps what running machines overwrite during a backup; each image's own folder if absent.
+    pub scratch: Option<PathBuf>,
+    /// How long file systems of a guest may be frozen.
+    pub freeze_limit: Duration,
+    /// Where notes of frozen guests lie. They need not outlive a restart of the host.
+    pub notes: PathBuf,
+    /// This program, for the guard over a freeze; a thread of this process if absent.
+    pub program: Option<PathBuf>,
+}
+
+/// Sockets of libvirt's daemons, the newer one first.
+const SOCKETS: [&str; 2] = ["/run/libvirt/virtqemud-sock", "/run/libvirt/libvirt-sock"];
+
+impl Default for Settings {
+    fn default() -> Settings {
+        let found = SOCKETS.iter().find(|path| Path::new(path).exists());
+        Settings {
+            socket: found.unwrap_or(&SOCKETS[1]).into(),
+            scratch: None,
+            freeze_limit: Duration::from_secs(3),
+            notes: "/run/stillpoint".into(),
+            program: None,
+        }
+    }
+}
+
+/// The provider of libvirt's machines.
+#[derive(Debug, Clone, Default)]
+pub struct Libvirt {
+    settings: Settings,
+    images: Images,
+    /// Machines of which a view is there.
+    claimed: Arc<Mutex<BTreeSet<[u8; 16]>>>,
+}
+
+/// What a failed call means.
+fn failed(object: &str, error: &LibvirtError) -> ProviderError {
+    let (object, reason) = (object.to_owned(), error.to_string());
+    match error {
+        LibvirtError::Connect { .. } | LibvirtError::Lost(_) | LibvirtError::TimedOut { .. } => {
+            ProviderError::Read { object, reason }
+        }
+        LibvirtError::Protocol(_) => ProviderError::Unsupported { object, reason },
+        LibvirtError::Refused { code, .. } if *code == LibvirtError::NO_DOMAIN => {
+            ProviderError::Missing { object, reason }
+        }
+        LibvirtError::Refused { .. } => ProviderError::Read { object, reason },
+    }
+}
+
+fn source(machine: &MachineSpec) -> Result<&LibvirtSource, ProviderError> {
+    match &machine.source {
+        Source::Libvirt(source) => Ok(source),
+        Source::Images(_) => Err(ProviderError::Unsupported {
+            object: machine.name.clone(),
+            reason: "is no machine of libvirt".to_owned(),
+        }),
+    }
+}
+
+/// A machine for the list.
+fn listed(connection: &mut Connection, domain: &Domain) -> Result<HostMachine, LibvirtError> {
+    let state = connection.state(domain)?;
+    let text = connection.definition(domain, state == State::Off)?;
+    // A definition that cannot be understood is a machine without disks, which says so when it is to be protected.
+    let found = definition::disks(&domain.name, &text).unwrap_or_default();
+    let mut disks = Vec::new();
+    for disk in found {
+        let bytes = match connection.block_info(domain, &disk.target) {
+            Ok(info) => Some(info.capacity),
+            // Its storage may be away; the machine is listed all the same.
+            Err(error) if error.code().is_some() => None,
+            Err(error) => return Err(error),
+        };
+        disks.push(HostDisk {
+            name: disk.target,
+            storage: disk.file.unwrap_or(disk.storage),
+            format: disk.format,
+            bus: disk.bus,
+            bytes,
+            chain: disk.chain,
+            unprotected: disk.unprotected,
+        });
+    }
+    Ok(HostMachine {
+        id: DatasourceId(domain.uuid),
+        name: domain.name.clone(),
+        provider: "libvirt".to_owned(),
+        power: match state {
+            State::Running => Power::Running,
+            State::Paused => Power::Paused,
+            State::Off => Power::Off,
+        },
+        guest_agent: definition::guest_agent(&text),
+        disks,
+    })
+}
+
+impl Libvirt {
+    /// The provider over this host's daemon.
+    pub fn new(settings: Settings) -> Libvirt {
+        Libvirt { settings, images: Images::new(), claimed: Arc::default() }
+    }
+
+    /// Whether this host has a daemon.
+    pub fn is_there(&self) -> bool {
+        self.settings.socket.exists()
+    }
+
+    fn open(&self, object: &str) -> Result<Connection, ProviderError> {
+        Connection::open(&self.settings.socket).map_err(|error| failed(object, &error))
+    }
+
+    /// The machine and whether it runs.
+    fn find(&self, machine: &MachineSpec) -> Result<(Connection, Domain, State), ProviderError> {
+        let mut connection = self.open(&machine.name)?;
+        let told = |error: LibvirtError| failed(&machine.name, &error);
+        let domain = connection.domain(&machine.id.0).map_err(told)?.ok_or_else(|| ProviderError::Missing {
+            object: machine.name.clone(),
+            reason: "libvirt on this host has no machine of its UUID: was it removed or moved to another host?"
+                .to_owned(),
+        })?;
+        let state = connection.state(&domain).map_err(told)?;
+        Ok((connection, domain, state))
+    }
+
+    /// The image files of a stopped machine.
+    fn at_rest(
+        &self,
+        connection: &mut Connection,
+        domain: &Domain,
+        machine: &MachineSpec,
+    ) -> Result<(Vec<definition::Disk>, MachineSpec), ProviderError> {
+        let text = connection.definition(domain, true).map_err(|error| failed(&machine.name, &error))?;
+        let disks = view::chosen(machine, &source(machine)?.exclude, &text)?;
+        let images = disks.iter().map(|disk| ImageSource {
+            path: disk.file.clone().unwrap_or_default().into(),
+            format: Some(disk.format.clone()),
+            sector: disk.sector,
+        });
+        let source = Source::Images(ImagesSource { disks: images.collect(), allow_backing: Vec::new() });
+        Ok((disks, MachineSpec { source, ..machine.clone() }))
+    }
+
+    fn sweep_machine(&self, machine: &MachineSpec, swept: &mut Swept) -> Result<(), ProviderError> {
+        let told = |error: LibvirtError| failed(&machine.name, &error);
+        // Held until the end, so that no view begins meanwhile.
+        let Some(_claim) = Claim::of(machine.id.0, &self.claimed) else {
+            swept.in_use.push(machine.name.clone());
+            return Ok(());
+        };
+        let watch = guard::Watch {
+            socket: self.settings.socket.clone(),
+            uuid: machine.id.0,
+            limit: self.settings.freeze_limit,
+            note: self.settings.notes.join(format!("frozen-{}", guard::hex(&machine.id.0))),
+        };
+        // A note of a freeze that goes on is younger than its limit.
+        let is_old = std::fs::metadata(&watch.note)
+            .and_then(|note| note.modified())
+            .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > 2 * self.settings.freeze_limit));
+        if is_old && guard::thaw(&watch) {
+            swept.removed.push(format!("a freeze of {}", machine.name));
+        }
+        let mut connection = self.open(&machine.name)?;
+        let Some(domain) = connection.domain(&machine.id.0).map_err(told)? else { return Ok(()) };
+        let Some(job) = connection.backup(&domain).map_err(told)? else { return Ok(()) };
+        let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
+        let is_ours = |file: &PathBuf| {
+            file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FILE_MARK))
+        };
+        if files.is_empty() || !files.iter().all(is_ours) {
+            return Ok(());
+        }
+        connection.abort_job(&domain).map_err(told)?;
+        view::remove(&files);
+        swept.removed.push(format!("a backup job of {}", machine.name));
+        Ok(())
+    }
+}
+
+impl Provider for Libvirt {
+    fn name(&self) -> &'static str {
+        "libvirt"
+    }
+
+    fn inventory(&self) -> Result<Vec<HostMachine>, ProviderError> {
+        let object = self.settings.socket.display().to_string();
+        let mut connection = self.open(&object)?;
+        let domains = connection.domains().map_err(|error| failed(&object, &error))?;
+        let mut machines = Vec::new();
+        for domain in domains {
+            match listed(&mut connection, &domain) {
+                Ok(machine) => machines.push(machine),
+                // Removed while the list was made.
+                Err(error) if error.code() == Some(LibvirtError::NO_DOMAIN) => {}
+                Err(error) => return Err(failed(&domain.name, &error)),
+            }
+        }
+        machines.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(machines)
+    }
+
+    fn inspect(&self, machine: &MachineSpec) -> Result<MachineDescription, ProviderError> {
+        let exclude = &source(machine)?.exclude;
+        let (mut connection, domain, state) = self.find(machine)?;
+        let text = connection
+            .definition(&domain, state == State::Off)
+            .map_err(|error| failed(&machine.name, &error))?;
+        let mut disks = Vec::new();
+        for disk in view::chosen(machine, exclude, &text)? {
+            let info = connection
+                .block_info(&domain, &disk.target)
+                .map_err(|error| failed(&format!("{} disk {}", machine.name, disk.target), &error))?;
+            disks.push(view::describe(&disk, info.capacity, None));
+        }
+        Ok(MachineDescription { id: machine.id, name: domain.name, provider: "libvirt".to_owned(), disks })
+    }
+
+    fn freeze(
+        &self,
+        machine: &MachineSpec,
+        request: &FreezeRequest,
+    ) -> Result<Box<dyn FrozenView>, ProviderError> {
+        let exclude = &source(machine)?.exclude;
+        let (mut connection, domain, state) = self.find(machine)?;
+        if state == State::Off {
+            let (disks, images) = self.at_rest(&mut connection, &domain, machine)?;
+            let inner = self.images.freeze(&images, request)?;
+            return Ok(Box::new(view::Stopped::new(inner, &disks, &domain.name, request)));
+        }
+        let claim = Claim::of(domain.uuid, &self.claimed).ok_or_else(|| ProviderError::Locked {
+            object: machine.name.clone(),
+            reason: "another job of it runs".to_owned(),
+        })?;
+        let settings = &self.settings;
+        Ok(Box::new(view::freeze(connection, domain, state, machine, exclude, request, settings, claim)?))
+    }
+
+    fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
+        RecoveryTarget::open(request)
+    }
+
+    fn sweep(&self, machines: &[MachineSpec]) -> Result<Swept, ProviderError> {
+        let mut swept = Swept::default();
+        for machine in machines {
+            self.sweep_machine(machine, &mut swept)?;
+        }
+        Ok(swept)
+    }
+}

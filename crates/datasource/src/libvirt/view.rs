@@ -1,0 +1,592 @@
+//! The view of a running machine: a backup job of libvirt, read over NBD.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use model::{Consistency, JobId};
+use nbd::{Address, Export, Options};
+
+use super::definition::{self, Disk};
+use super::guard::{Guard, Watch, thaw};
+use super::rpc::{Connection, Domain, LibvirtError, State};
+use super::{CHECKPOINT, DESCRIPTION, FILE_MARK, Settings, failed};
+use crate::{
+    Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
+    MachineSpec, ProviderError,
+};
+
+/// How long QEMU may take to make checkpoint and copies of all disks.
+const BEGIN: Duration = Duration::from_secs(60);
+/// A socket's path has at most 107 bytes on Linux.
+const SOCKET_PATH: usize = 107;
+
+/// Names of properties of a disk's description.
+pub(super) const TARGET: &str = "target";
+pub(super) const FILE: &str = "file";
+pub(super) const INODE: &str = "inode";
+pub(super) const MARK: &str = "checkpoint";
+
+/// A view that QEMU keeps.
+pub struct LibvirtView {
+    description: MachineDescription,
+    consistency: Consistency,
+    method: FreezeMethod,
+    disks: Vec<FrozenDisk>,
+    job: Running,
+}
+
+/// The one view of a machine that this process has at a time.
+pub(super) struct Claim {
+    uuid: [u8; 16],
+    claimed: Arc<Mutex<BTreeSet<[u8; 16]>>>,
+}
+
+impl Claim {
+    /// Nothing if the machine has a view already.
+    pub(super) fn of(uuid: [u8; 16], claimed: &Arc<Mutex<BTreeSet<[u8; 16]>>>) -> Option<Claim> {
+        let is_new = claimed.lock().unwrap_or_else(PoisonError::into_inner).insert(uuid);
+        is_new.then(|| Claim { uuid, claimed: claimed.clone() })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.claimed.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.uuid);
+    }
+}
+
+/// A running backup job; dropping it ends the job, and with it export, socket and scratch files.
+struct Running {
+    connection: Mutex<Connection>,
+    domain: Domain,
+    files: Vec<PathBuf>,
+    _claim: Claim,
+}
+
+impl Running {
+    /// Whether the machine's backup job is there, and is ours.
+    fn is_alive(&self) -> Result<bool, LibvirtError> {
+        let ask = |connection: &mut Connection| connection.backup(&self.domain);
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let job = match ask(&mut connection) {
+            // libvirt may have been restarted; the job lives in QEMU.
+            Err(LibvirtError::Lost(_)) => {
+                *connection = connection.another()?;
+                ask(&mut connection)?
+            }
+            other => other?,
+        };
+        let Some(job) = job else { return Ok(false) };
+        let named = definition::files_of(&job);
+        Ok(self.files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if matches!(self.is_alive(), Ok(true)) {
+            let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+            // What is left the next sweep ends.
+            let _ = connection.abort_job(&self.domain);
+        }
+        remove(&self.files);
+    }
+}
+
+/// Removes files of a job that is over; libvirt removed them already unless it died.
+pub(super) fn remove(files: &[PathBuf]) {
+    for file in files {
+        let _ = std::fs::remove_file(file);
+    }
+}
+
+impl FrozenView for LibvirtView {
+    fn description(&self) -> &MachineDescription {
+        &self.description
+    }
+
+    fn consistency(&self) -> Consistency {
+        self.consistency
+    }
+
+    fn method(&self) -> &FreezeMethod {
+        &self.method
+    }
+
+    fn disks(&self) -> &[FrozenDisk] {
+        &self.disks
+    }
+
+    fn verify_unchanged(&self) -> Result<(), ProviderError> {
+        let object = self.description.name.clone();
+        match self.job.is_alive() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ProviderError::Changed {
+                object,
+                reason: "its backup job ended by itself: scratch space ran full, the machine stopped or moved, or \
+                         somebody ended it"
+                    .to_owned(),
+            }),
+            Err(error) => Err(failed(&object, &error)),
+        }
+    }
+}
+
+/// The disks that are protected.
+pub(super) fn chosen(
+    machine: &MachineSpec,
+    exclude: &[String],
+    text: &str,
+) -> Result<Vec<Disk>, ProviderError> {
+    let disks: Vec<Disk> = definition::disks(&machine.name, text)?
+        .into_iter()
+        .filter(|disk| disk.unprotected.is_none() && !exclude.contains(&disk.target))
+        .collect();
+    if disks.is_empty() {
+        return Err(ProviderError::Unsupported {
+            object: machine.name.clone(),
+            reason: "has no disk that can be protected".to_owned(),
+        });
+    }
+    Ok(disks)
+}
+
+/// What is kept about a disk.
+pub(super) fn describe(disk: &Disk, size: u64, mark: Option<&str>) -> DiskDescription {
+    let file = disk.file.clone().unwrap_or_default();
+    let mut properties = std::collections::BTreeMap::new();
+    properties.insert(TARGET.to_owned(), disk.target.clone());
+    properties.insert("bus".to_owned(), disk.bus.clone());
+    if let Some(inode) = inode(&file) {
+        properties.insert(INODE.to_owned(), inode.to_string());
+    }
+    if let Some(mark) = mark {
+        properties.insert(MARK.to_owned(), mark.to_owned());
+    }
+    properties.insert(FILE.to_owned(), file.clone());
+    DiskDescription {
+        key: format!("disk-{}", disk.target),
+        file_name: Path::new(&file)
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default(),
+        format: disk.format.clone(),
+        size,
+        sector: disk.sector.unwrap_or(512),
+        chain: disk.chain,
+        tracked: true,
+        properties,
+    }
+}
+
+fn inode(file: &str) -> Option<u64> {
+    std::fs::metadata(file).ok().map(|found| found.ino())
+}
+
+/// The checkpoint that holds what changed on `disk` since the view of `base`, or why there is none.
+fn base_of(
+    connection: &mut Connection,
+    domain: &Domain,
+    disk: &Disk,
+    base: Option<&DiskDescription>,
+) -> Result<Result<String, String>, LibvirtError> {
+    let Some(base) = base else { return Ok(Err("the newest point does not say since when".to_owned())) };
+    let known = |name: &str| base.properties.get(name).map(String::as_str);
+    let Some(mark) = known(MARK) else { return Ok(Err("the newest point has no checkpoint".to_owned())) };
+    if !mark.starts_with(CHECKPOINT) {
+        return Ok(Err(format!("{mark:?} is no checkpoint of ours")));
+    }
+    let file = disk.file.as_deref().unwrap_or_default();
+    let now = inode(file).map(|inode| inode.to_string());
+    if known(TARGET) != Some(&disk.target) || known(FILE) != Some(file) || known(INODE) != now.as_deref() {
+        return Ok(Err(format!("disk {} is another file than at the newest point", disk.target)));
+    }
+    let checkpoint = super::rpc::Checkpoint(mark.to_owned());
+    let Some(text) = connection.checkpoint_definition(domain, &checkpoint)? else {
+        return Ok(Err(format!("checkpoint {mark} is gone")));
+    };
+    if !definition::tracked_disks(&text).contains(&disk.target) {
+        return Ok(Err(format!("checkpoint {mark} has no bitmap of disk {}", disk.target)));
+    }
+    Ok(Ok(mark.to_owned()))
+}
+
+/// The words for a backup job.
+struct Request {
+    job: JobId,
+    socket: PathBuf,
+    scratch: Vec<PathBuf>,
+}
+
+impl Request {
+    fn new(job: JobId, disks: &[Disk], settings: &Settings) -> Result<Request, ProviderError> {
+        let folder = |disk: &Disk| {
+            let file = Path::new(disk.file.as_deref().unwrap_or("/"));
+            settings
+                .scratch
+                .clone()
+                .or_else(|| file.parent().map(Path::to_owned))
+                .unwrap_or_else(|| "/".into())
+        };
+        let scratch: Vec<PathBuf> = disks
+            .iter()
+            .enumerate()
+            .map(|(number, disk)| folder(disk).join(format!("{FILE_MARK}{job}-{number}.qcow2")))
+            .collect();
+        let name = format!("{FILE_MARK}{job}.sock");
+        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join(&name));
+        let socket = near
+            .filter(|path| path.as_os_str().len() <= SOCKET_PATH)
+            .unwrap_or_else(|| Path::new("/var/tmp").join(&name));
+        Ok(Request { job, socket, scratch })
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let mut files = self.scratch.clone();
+        files.push(self.socket.clone());
+        files
+    }
+
+    /// Which disks have a bitmap: QEMU keeps one in a qcow2 file, and in no other.
+    fn is_tracked(disk: &Disk) -> bool {
+        disk.format == "qcow2"
+    }
+
+    fn mark(&self) -> String {
+        format!("{CHECKPOINT}{}", self.job)
+    }
+
+    fn backup(&self, all: &[Disk], disks: &[Disk], bases: &[Result<String, String>]) -> String {
+        let text = definition::escaped;
+        let mut out = format!(
+            "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>",
+            text(&self.socket.display().to_string())
+        );
+        for ((disk, base), scratch) in disks.iter().zip(bases).zip(&self.scratch) {
+            let mode = match base {
+                Ok(base) => format!("backupmode='incremental' incremental='{}'", text(base)),
+                Err(_) => "backupmode='full'".to_owned(),
+            };
+            out.push_str(&format!(
+                "<disk name='{}' backup='yes' type='file' {mode}><scratch file='{}'/></disk>",
+                text(&disk.target),
+                text(&scratch.display().to_string())
+            ));
+        }
+        for disk in all.iter().filter(|disk| !disks.iter().any(|chosen| chosen.target == disk.target)) {
+            out.push_str(&format!("<disk name='{}' backup='no'/>", text(&disk.target)));
+        }
+        out.push_str("</disks></domainbackup>");
+        out
+    }
+
+    /// Nothing where no disk can have a bitmap.
+    fn checkpoint(&self, machine: &MachineSpec, all: &[Disk], disks: &[Disk]) -> Option<String> {
+        let is_kept = |disk: &Disk| {
+            Request::is_tracked(disk) && disks.iter().any(|chosen| chosen.target == disk.target)
+        };
+        if !all.iter().any(is_kept) {
+            return None;
+        }
+        let mut out = format!(
+            "<domaincheckpoint><name>{}</name><description>{DESCRIPTION}{}</description><disks>",
+            self.mark(),
+            machine.id
+        );
+        for disk in all {
+            let kind = if is_kept(disk) { "bitmap" } else { "no" };
+            out.push_str(&format!(
+                "<disk name='{}' checkpoint='{kind}'/>",
+                definition::escaped(&disk.target)
+            ));
+        }
+        out.push_str("</disks></domaincheckpoint>");
+        Some(out)
+    }
+}
+
+/// Whether the file systems stood still over the checkpoint, and the words for it.
+struct Stillness {
+    consistency: Consistency,
+    evidence: String,
+}
+
+/// Begins the job, with the guest's file systems frozen if they can be.
+fn begin(
+    connection: &mut Connection,
+    domain: &Domain,
+    state: State,
+    settings: &Settings,
+    mut start: impl FnMut(&mut Connection) -> Result<(), LibvirtError>,
+) -> Result<Stillness, LibvirtError> {
+    let crash = |why: String| Stillness { consistency: Consistency::Crash, evidence: why };
+    if state == State::Paused {
+        start(connection)?;
+        return Ok(crash("the machine was paused; nothing was written, nothing was flushed".to_owned()));
+    }
+    if let Err(error) = connection.agent(domain, "{\"execute\":\"guest-ping\"}", 5) {
+        // A time limit that passed ends the conversation.
+        if error.code().is_none() {
+            *connection = connection.another()?;
+        }
+        start(connection)?;
+        return Ok(crash(format!("no guest agent answers ({error}), so no file system was frozen")));
+    }
+    let watch = Watch {
+        socket: settings.socket.clone(),
+        uuid: domain.uuid,
+        limit: settings.freeze_limit,
+        note: settings.notes.join(format!("frozen-{}", super::guard::hex(&domain.uuid))),
+    };
+    let noted = std::fs::create_dir_all(&settings.notes).and_then(|()| std::fs::write(&watch.note, b""));
+    if let Err(error) = noted {
+        start(connection)?;
+        return Ok(crash(format!(
+            "nothing was frozen, because no note of it could be left in {}: {error}",
+            settings.notes.display()
+        )));
+    }
+    let guard = Guard::post(&watch, settings.program.as_deref())?;
+    let began = Instant::now();
+    let frozen = connection.freeze(domain, settings.freeze_limit);
+    let started = match &frozen {
+        Ok(_) => start(connection),
+        Err(_) => Ok(()),
+    };
+    // Thawed whatever happened: also a freeze that seemed to fail may have come about.
+    let thawed = connection.thaw(domain, settings.freeze_limit);
+    let held = began.elapsed();
+    let is_thawed = thawed.is_ok() || {
+        *connection = connection.another()?;
+        thaw(&watch)
+    };
+    if is_thawed {
+        let _ = std::fs::remove_file(&watch.note);
+    }
+    let in_time = if is_thawed {
+        guard.dismiss()
+    } else {
+        drop(guard);
+        false
+    };
+    started?;
+    let limit = settings.freeze_limit.as_secs_f32();
+    Ok(match (frozen, thawed) {
+        (Err(error), _) => {
+            start(connection)?;
+            crash(format!("the freeze of the file systems failed: {error}"))
+        }
+        (Ok(frozen), Ok(thawed)) if in_time && frozen > 0 && thawed >= frozen => Stillness {
+            consistency: Consistency::File,
+            evidence: format!(
+                "the guest agent froze {frozen} file systems for {} ms; the checkpoint was made meanwhile",
+                held.as_millis()
+            ),
+        },
+        (Ok(frozen), Ok(thawed)) => crash(format!(
+            "the freeze did not hold: {frozen} file systems were frozen, {thawed} of them still after {} ms (limit {limit} s)",
+            held.as_millis()
+        )),
+        (Ok(_), Err(error)) => crash(format!("the freeze is not proved to have held: {error}")),
+    })
+}
+
+/// A view of a running machine.
+pub(super) fn freeze(
+    mut connection: Connection,
+    domain: Domain,
+    state: State,
+    machine: &MachineSpec,
+    exclude: &[String],
+    request: &FreezeRequest,
+    settings: &Settings,
+    claim: Claim,
+) -> Result<LibvirtView, ProviderError> {
+    let told = |error: &LibvirtError| failed(&machine.name, error);
+    let text = connection.definition(&domain, false).map_err(|error| told(&error))?;
+    let all = definition::disks(&machine.name, &text)?;
+    let disks = chosen(machine, exclude, &text)?;
+    let words = Request::new(request.job, &disks, settings)?;
+    if let Some(job) = connection.backup(&domain).map_err(|error| told(&error))? {
+        return Err(ProviderError::Locked {
+            object: machine.name.clone(),
+            reason: format!(
+                "another backup job of it runs ({})",
+                definition::files_of(&job).first().cloned().unwrap_or_default()
+            ),
+        });
+    }
+    let mut bases = Vec::new();
+    for (number, disk) in disks.iter().enumerate() {
+        let since = request.since.get(number).and_then(Option::as_ref);
+        bases.push(base_of(&mut connection, &domain, disk, since).map_err(|error| told(&error))?);
+    }
+    let checkpoint = words.checkpoint(machine, &all, &disks);
+    let still = begin(&mut connection, &domain, state, settings, |connection| {
+        let backup = words.backup(&all, &disks, &bases);
+        match connection.backup_begin(&domain, &backup, checkpoint.as_deref(), BEGIN) {
+            Err(LibvirtError::Refused { message, .. }) if bases.iter().any(Result::is_ok) => {
+                // A base that libvirt or QEMU does not take is no reason for no point: everything is compared.
+                for base in &mut bases {
+                    if let Ok(mark) = base {
+                        *base = Err(format!("checkpoint {mark} cannot be used: {message}"));
+                    }
+                }
+                let backup = words.backup(&all, &disks, &bases);
+                connection.backup_begin(&domain, &backup, checkpoint.as_deref(), BEGIN)
+            }
+            other => other,
+        }
+    });
+    let still = match still {
+        Ok(still) => still,
+        Err(error) => {
+            // Begun or not: what carries our mark is taken away.
+            let job =
+                Running { connection: Mutex::new(connection), domain, files: words.files(), _claim: claim };
+            drop(job);
+            return Err(told(&error));
+        }
+    };
+    let job = Running { connection: Mutex::new(connection), domain, files: words.files(), _claim: claim };
+
+    let mut frozen = Vec::new();
+    for (disk, base) in disks.iter().zip(&bases) {
+        let bitmap = format!("backup-{}", disk.target);
+        let options = Options {
+            export: disk.target.clone(),
+            bitmaps: if base.is_ok() { vec![bitmap.clone()] } else { Vec::new() },
+            connections: 2,
+            ..Options::default()
+        };
+        let object = format!("{} disk {}", machine.name, disk.target);
+        let unread = |error: nbd::NbdError| ProviderError::Read {
+            object: object.clone(),
+            reason: format!("QEMU's NBD server: {error}"),
+        };
+        let export = Export::connect(&Address::Unix(words.socket.clone()), &options).map_err(unread)?;
+        let changed = match base {
+            Err(because) => Changed::Unknown { because: because.clone() },
+            Ok(mark) => match export.dirty(&bitmap) {
+                Ok(ranges) => Changed::Listed {
+                    ranges,
+                    because: format!("QEMU's dirty blocks of disk {} since checkpoint {mark}", disk.target),
+                },
+                Err(error) => {
+                    Changed::Unknown { because: format!("checkpoint {mark} cannot be read: {error}") }
+                }
+            },
+        };
+        let mark = Request::is_tracked(disk).then(|| words.mark());
+        let size = block_io::BlockDevice::size(&export);
+        let description = describe(disk, size, mark.as_deref());
+        frozen.push(FrozenDisk { description, device: Arc::new(export), changed });
+    }
+    let description = MachineDescription {
+        id: machine.id,
+        name: job.domain.name.clone(),
+        provider: "libvirt".to_owned(),
+        disks: frozen.iter().map(|disk| disk.description.clone()).collect(),
+    };
+    forget_others(&job, machine, &words.mark(), &bases);
+    Ok(LibvirtView {
+        description,
+        consistency: still.consistency,
+        method: FreezeMethod::Checkpoint { evidence: still.evidence },
+        disks: frozen,
+        job,
+    })
+}
+
+/// Removes our checkpoints of this machine but the one just made and the bases. libvirt folds what they tracked into the
+/// one before.
+fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Result<String, String>]) {
+    let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
+    let Ok(checkpoints) = connection.checkpoints(&job.domain) else { return };
+    for checkpoint in checkpoints {
+        let name = checkpoint.0.as_str();
+        let is_needed = name == mark || bases.iter().any(|base| base.as_deref() == Ok(name));
+        if is_needed || !name.starts_with(CHECKPOINT) {
+            continue;
+        }
+        let Ok(Some(text)) = connection.checkpoint_definition(&job.domain, &checkpoint) else { continue };
+        if definition::text(&text, &["description"]) == Some(format!("{DESCRIPTION}{}", machine.id)) {
+            // One that cannot be removed now is tried again by the next run.
+            let _ = connection.delete_checkpoint(&job.domain, &checkpoint, false);
+        }
+    }
+}
+
+/// The view of a stopped machine: its image files, under the names that its running self has.
+pub(super) struct Stopped {
+    inner: Box<dyn FrozenView>,
+    description: MachineDescription,
+    disks: Vec<FrozenDisk>,
+}
+
+impl Stopped {
+    pub(super) fn new(
+        inner: Box<dyn FrozenView>,
+        disks: &[Disk],
+        name: &str,
+        request: &FreezeRequest,
+    ) -> Stopped {
+        let mut frozen = Vec::new();
+        for (number, (found, disk)) in inner.disks().iter().zip(disks).enumerate() {
+            let mut description = describe(disk, found.description.size, None);
+            description.sector = found.description.sector;
+            description.chain = found.description.chain;
+            for (name, value) in &found.description.properties {
+                description.properties.entry(name.clone()).or_insert_with(|| value.clone());
+            }
+            // QEMU goes on writing to the bitmap of an older checkpoint when the machine starts again: what it lists
+            // then is all that changed since that one, and so all that changed since now.
+            let same = |since: &&DiskDescription| {
+                [TARGET, FILE, INODE]
+                    .iter()
+                    .all(|name| since.properties.get(*name) == description.properties.get(*name))
+            };
+            let since = request.since.get(number).and_then(Option::as_ref).filter(same);
+            if let Some(mark) = since.and_then(|since| since.properties.get(MARK)) {
+                description.properties.insert(MARK.to_owned(), mark.clone());
+            }
+            frozen.push(FrozenDisk {
+                description,
+                device: found.device.clone(),
+                changed: Changed::Unknown { because: "the machine is off: its images were read".to_owned() },
+            });
+        }
+        let description = MachineDescription {
+            id: inner.description().id,
+            name: name.to_owned(),
+            provider: "libvirt".to_owned(),
+            disks: frozen.iter().map(|disk| disk.description.clone()).collect(),
+        };
+        Stopped { inner, description, disks: frozen }
+    }
+}
+
+impl FrozenView for Stopped {
+    fn description(&self) -> &MachineDescription {
+        &self.description
+    }
+
+    fn consistency(&self) -> Consistency {
+        self.inner.consistency()
+    }
+
+    fn method(&self) -> &FreezeMethod {
+        self.inner.method()
+    }
+
+    fn disks(&self) -> &[FrozenDisk] {
+        &self.disks
+    }
+
+    fn verify_unchanged(&self) -> Result<(), ProviderError> {
+        self.inner.verify_unchanged()
+    }
+}

@@ -1,0 +1,211 @@
+//! Hosts with a libvirt of their own, each in its namespaces, and guests that check themselves.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::program::{Pool, Ran, finish, tool};
+
+fn testbed(script: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testbed").join(script)
+}
+
+/// Kernel and memory disk of the guest: made once for each version of the script that makes them.
+fn guest() -> PathBuf {
+    let script = std::fs::read(testbed("make-guest.sh")).unwrap();
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
+        .unwrap_or_else(std::env::temp_dir);
+    let folder = cache.join("stillpoint").join(format!("guest-{}", &blake3::hash(&script).to_hex()[..16]));
+    if !folder.join("initrd").exists() {
+        let making = folder.with_extension(format!("making-{}", std::process::id()));
+        tool("bash", &[testbed("make-guest.sh").as_os_str(), making.as_os_str()]);
+        // Whoever was quicker made the same.
+        let _ = std::fs::rename(&making, &folder);
+        let _ = std::fs::remove_dir_all(&making);
+    }
+    folder
+}
+
+/// Some hosts; they end with it.
+pub struct Hosts {
+    folder: tempfile::TempDir,
+}
+
+impl Hosts {
+    pub fn start(names: &[&str]) -> Hosts {
+        let folder = tempfile::Builder::new().prefix("lv").tempdir_in("/tmp").unwrap();
+        let mut words =
+            vec![testbed("libvirt-hosts.sh").into_os_string(), "start".into(), folder.path().into()];
+        words.extend(names.iter().map(Into::into));
+        // Its daemons outlive it and hold its output, so nobody waits for the end of that.
+        let log = std::fs::File::create(folder.path().join("start.log")).unwrap();
+        let status = Command::new("bash").args(&words).stdout(log.try_clone().unwrap()).stderr(log).status();
+        let said = std::fs::read_to_string(folder.path().join("start.log")).unwrap();
+        assert!(status.unwrap().success(), "{said}; it needs root, and what `cargo xtask install` installs");
+        Hosts { folder }
+    }
+
+    pub fn host(&self, name: &str) -> Host {
+        let folder = self.folder.path();
+        Host {
+            hosts: folder.to_owned(),
+            name: name.to_owned(),
+            pool: Pool::at(folder, &format!("pool-{name}")),
+        }
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        let words = [testbed("libvirt-hosts.sh").into_os_string(), "stop".into(), self.folder.path().into()];
+        let _ = Command::new("bash").args(words).output();
+    }
+}
+
+/// One host, and a pool of this machine that its guests are protected in.
+pub struct Host {
+    hosts: PathBuf,
+    name: String,
+    pub pool: Pool,
+}
+
+impl Host {
+    /// Where its guests' images lie.
+    pub fn images(&self) -> PathBuf {
+        self.hosts.join(&self.name).join("images")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.hosts.join(&self.name).join("run/libvirt-sock")
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_stillpoint"));
+        command.env("STILLPOINT_LIBVIRT_SOCKET", self.socket()).env_remove("STILLPOINT_SERVER");
+        command.arg("--json").arg("--standalone").arg(&self.pool.data).args(words).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs the program against this host's libvirt.
+    pub fn run(&self, words: &[&str]) -> Ran {
+        finish(self.command(words).output().unwrap(), words)
+    }
+
+    /// What must be done without a warning.
+    #[track_caller]
+    pub fn done(&self, words: &[&str]) -> Ran {
+        self.run(words).expect(0)
+    }
+
+    /// Starts the program and does not wait for it.
+    pub fn begin(&self, words: &[&str]) -> Child {
+        self.command(words).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
+
+    fn virsh_output(&self, words: &[&str]) -> Output {
+        let uri = format!("qemu+unix:///system?socket={}", self.socket().display());
+        Command::new("virsh").args(["-q", "-c", &uri]).args(words).output().unwrap()
+    }
+
+    #[track_caller]
+    pub fn virsh(&self, words: &[&str]) -> String {
+        let output = self.virsh_output(words);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "virsh {words:?}: {said}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        said
+    }
+
+    /// Makes a disk for a guest, and a definition of the guest with it; `load` KiB are written again and again.
+    pub fn define(&self, guest_name: &str, disk: &Path, load: u32) {
+        let guest = guest();
+        let definition = format!(
+            "<domain type='qemu'><name>{guest_name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type><kernel>{0}/vmlinux</kernel><initrd>{0}/initrd</initrd>
+<cmdline>console=ttyS0 quiet panic=-1 {1}</cmdline></os><cpu mode='maximum'/><features><acpi/></features><devices>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' discard='unmap'/><source file='{2}'/>
+<target dev='vda' bus='virtio'/></disk>
+<serial type='file'><source path='/var/log/libvirt/{guest_name}.serial'/></serial>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel><memballoon model='none'/>
+</devices></domain>",
+            guest.display(),
+            if load > 0 { format!("load={load}") } else { String::new() },
+            disk.display()
+        );
+        let file = self.hosts.join(format!("{guest_name}.xml"));
+        std::fs::write(&file, definition).unwrap();
+        self.virsh(&["define", &file.display().to_string()]);
+    }
+
+    /// Makes the disk of a new guest.
+    pub fn disk(&self, name: &str) -> PathBuf {
+        let (raw, disk) =
+            (self.hosts.join(format!("{name}.raw")), self.images().join(format!("{name}.qcow2")));
+        tool("bash", &[testbed("make-guest-disk.sh").as_os_str(), raw.as_os_str()]);
+        let words = ["convert", "-f", "raw", "-O", "qcow2"].map(std::ffi::OsStr::new);
+        tool("qemu-img", &[words.as_slice(), &[raw.as_os_str(), disk.as_os_str()]].concat());
+        std::fs::remove_file(raw).unwrap();
+        disk
+    }
+
+    /// Starts a guest and waits until its agent answers; gives what its own check said.
+    pub fn boot(&self, guest: &str) -> String {
+        let serial = self.hosts.join(&self.name).join("log").join(format!("{guest}.serial"));
+        let _ = std::fs::remove_file(&serial);
+        self.virsh(&["start", guest]);
+        let said = || String::from_utf8_lossy(&std::fs::read(&serial).unwrap_or_default()).into_owned();
+        until(Duration::from_secs(120), &format!("{guest} is up"), || said().contains("GUEST-READY"));
+        until(Duration::from_secs(60), "the agent answers", || {
+            self.virsh_output(&["qemu-agent-command", guest, "{\"execute\":\"guest-ping\"}"]).status.success()
+        });
+        let said = said();
+        said.lines().find_map(|line| line.trim().strip_prefix("GUEST-CHECK ")).unwrap_or("nothing").to_owned()
+    }
+
+    /// Runs a command in a guest and does not wait for its end.
+    pub fn inside(&self, guest: &str, command: &str) {
+        let request = serde_json::json!({"execute": "guest-exec",
+            "arguments": {"path": "/bin/sh", "arg": ["-c", command]}});
+        self.virsh(&["qemu-agent-command", guest, &request.to_string()]);
+    }
+
+    /// Whether file systems of a guest are frozen.
+    pub fn is_frozen(&self, guest: &str) -> bool {
+        let said = self.virsh(&["qemu-agent-command", guest, "{\"execute\":\"guest-fsfreeze-status\"}"]);
+        said.contains("frozen")
+    }
+
+    /// Checkpoints of a guest.
+    pub fn checkpoints(&self, guest: &str) -> Vec<String> {
+        let said = self.virsh(&["checkpoint-list", guest, "--name", "--topological"]);
+        said.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    }
+
+    /// What a backup left beside the images, and whether a job of one is there.
+    pub fn leftovers(&self, guest: &str) -> Vec<String> {
+        let mut found: Vec<String> = std::fs::read_dir(self.images())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .filter(|name| name.contains("stillpoint"))
+            .collect();
+        if self.virsh_output(&["backup-dumpxml", guest]).status.success() {
+            found.push("a backup job".to_owned());
+        }
+        found
+    }
+}
+
+/// Waits for something.
+#[track_caller]
+pub fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}

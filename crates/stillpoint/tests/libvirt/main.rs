@@ -1,0 +1,152 @@
+//! Real machines on a real libvirt: QEMU without acceleration, guests with an agent and a load that checks itself.
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)]
+
+mod hosts;
+#[path = "../program/mod.rs"]
+mod program;
+
+use std::path::Path;
+use std::time::Duration;
+
+use hosts::{Host, Hosts, until};
+use program::{Numbers, tool};
+
+/// Recovers a point of `guest` as a raw disk, and gives what its ext4 volume says of itself.
+fn recovered(host: &Host, guest: &str, point: &str, to: &Path) -> String {
+    host.pool.recover(guest, point, to).expect(0);
+    let volume = to.with_extension("ext4");
+    let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    tool(
+        "dd",
+        &words(&format!("if={} of={} bs=1M skip=1 conv=sparse status=none", to.display(), volume.display())),
+    );
+    let said = tool("dumpe2fs", &["-h", &volume.display().to_string()]);
+    std::fs::remove_file(volume).unwrap();
+    said
+}
+
+#[test]
+fn a_running_machine_is_protected_by_its_changes_and_each_point_boots() {
+    let hosts = Hosts::start(&["a", "b"]);
+    let (host, other) = (hosts.host("a"), hosts.host("b"));
+    let disk = host.disk("g1");
+    host.define("g1", &disk, 64);
+    assert_eq!(host.boot("g1"), "none");
+
+    host.done(&["datasource", "add-machine", "g1", "--recovery-kit", &host.pool.kit.display().to_string()]);
+    let listed = host.done(&["host", "machines"]).lines;
+    assert_eq!(listed.len(), 1);
+    assert_eq!(
+        (&listed[0]["power"], &listed[0]["guest_agent"], &listed[0]["disks"][0]["format"]),
+        (&"running".into(), &true.into(), &"qcow2".into()),
+    );
+
+    let first = host.done(&["protect", "g1"]);
+    assert_eq!(first.text("consistency"), "file", "{}", first.job());
+    let mut points = vec![first.text("recovery_point").to_owned()];
+    for _ in 0..4 {
+        std::thread::sleep(Duration::from_millis(1500));
+        let run = host.done(&["synchronize", "g1"]);
+        let cause = run.text("cause");
+        assert!(cause.starts_with("changed extents because: QEMU's dirty blocks of disk vda"), "{cause}");
+        assert_eq!(run.text("consistency"), "file", "{}", run.job());
+        let (listed, read) = (run.figure("bytes_listed"), run.figure("bytes_read"));
+        assert!(listed > 0 && (read - run.figure("bytes_audited")) * 10 <= listed * 11, "{}", run.job());
+        points.push(run.text("recovery_point").to_owned());
+    }
+    assert_eq!(host.leftovers("g1"), Vec::<String>::new());
+    // One for the newest point, one that it was made from.
+    assert_eq!(host.checkpoints("g1").len(), 2);
+
+    // Each point is what was frozen: no journal to replay, and the load's own sums hold where it boots.
+    let raw = host.images().join("recovered.raw");
+    for point in &points {
+        let said = recovered(&host, "g1", point, &raw);
+        assert!(!said.contains("needs_recovery"), "{point}: {said}");
+    }
+    let again = other.images().join("again.qcow2");
+    tool("qemu-img", &["convert", "-O", "qcow2", &raw.display().to_string(), &again.display().to_string()]);
+    other.define("again", &again, 0);
+    let check = other.boot("again");
+    assert!(check.starts_with("ok "), "{check}");
+
+    // Nothing that changed was left out: a comparison of everything with the machine standing still finds nothing.
+    host.virsh(&["suspend", "g1"]);
+    let paused = host.done(&["synchronize", "g1"]);
+    assert_eq!(paused.text("consistency"), "crash");
+    assert_eq!(host.done(&["check", "g1"]).figure("bytes_changed"), 0);
+    host.virsh(&["resume", "g1"]);
+
+    // A checkpoint that somebody removed is a reason to compare everything, and said.
+    for checkpoint in host.checkpoints("g1").iter().rev() {
+        host.virsh(&["checkpoint-delete", "g1", checkpoint]);
+    }
+    let run = host.done(&["synchronize", "g1"]);
+    let cause = run.text("cause");
+    assert!(cause.starts_with("full compare because: checkpoint stillpoint-"), "{cause}");
+    assert!(cause.ends_with("is gone"), "{cause}");
+
+    // Somebody took the bitmap itself away, behind libvirt's back.
+    host.inside("g1", "sync");
+    host.virsh(&["destroy", "g1"]);
+    let bitmaps = tool("qemu-img", &["info", &disk.display().to_string()]);
+    let bitmap = bitmaps.lines().find_map(|line| line.trim().strip_prefix("name: ")).unwrap().to_owned();
+    tool("qemu-img", &["bitmap", "--remove", &disk.display().to_string(), &bitmap]);
+    host.boot("g1");
+    let run = host.done(&["synchronize", "g1"]);
+    let cause = run.text("cause");
+    assert!(cause.starts_with("full compare because: checkpoint stillpoint-"), "{cause}");
+
+    // Off: its images are read; and what is recovered is the disk to the byte.
+    host.virsh(&["destroy", "g1"]);
+    let run = host.done(&["synchronize", "g1"]);
+    assert_eq!(run.text("consistency"), "offline");
+    assert!(run.text("cause").contains("the machine is off"), "{}", run.text("cause"));
+    recovered(&host, "g1", "latest", &raw);
+    let differ = tool("qemu-img", &["compare", &raw.display().to_string(), &disk.display().to_string()]);
+    assert!(differ.contains("identical"), "{differ}");
+
+    // On again: the bitmap went on, so the list goes on.
+    host.boot("g1");
+    let run = host.done(&["synchronize", "g1"]);
+    assert!(run.text("cause").starts_with("changed extents"), "{}", run.text("cause"));
+    host.virsh(&["suspend", "g1"]);
+    host.done(&["synchronize", "g1"]);
+    assert_eq!(host.done(&["check", "g1"]).figure("bytes_changed"), 0);
+}
+
+/// INV-21, S32: `LIBVIRT_KILLS` times at a random moment.
+#[test]
+fn a_killed_agent_leaves_no_guest_frozen_and_nothing_behind() {
+    let kills = std::env::var("LIBVIRT_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(8);
+    let mut numbers = Numbers(std::env::var("SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(1));
+    let hosts = Hosts::start(&["a"]);
+    let host = hosts.host("a");
+    let disk = host.disk("g1");
+    host.define("g1", &disk, 64);
+    host.boot("g1");
+    host.done(&["datasource", "add-machine", "g1", "--recovery-kit", &host.pool.kit.display().to_string()]);
+    host.done(&["protect", "g1"]);
+    for kill in 0..kills {
+        let mut child = host.begin(&["synchronize", "g1"]);
+        let at = numbers.below(600);
+        std::thread::sleep(Duration::from_millis(at));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        until(Duration::from_secs(5), &format!("thawed after kill {kill} at {at} ms"), || {
+            !host.is_frozen("g1")
+        });
+        let run = host.done(&["synchronize", "g1"]);
+        assert!(
+            run.text("cause").starts_with("changed extents"),
+            "kill {kill} at {at} ms: {}",
+            run.text("cause")
+        );
+        assert_eq!(host.leftovers("g1"), Vec::<String>::new(), "kill {kill} at {at} ms");
+        assert!(host.checkpoints("g1").len() <= 2, "kill {kill}: {:?}", host.checkpoints("g1"));
+    }
+    host.virsh(&["suspend", "g1"]);
+    host.done(&["synchronize", "g1"]);
+    assert_eq!(host.done(&["check", "g1"]).figure("bytes_changed"), 0);
+}
