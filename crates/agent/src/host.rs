@@ -120,12 +120,11 @@ impl Host {
 
     /// Names of the providers.
     pub fn providers(&self) -> Vec<&'static str> {
-        let mut names = vec![self.images.name()];
         #[cfg(unix)]
         if self.libvirt.is_there() {
-            names.push(self.libvirt.name());
+            return vec![self.images.name(), self.libvirt.name()];
         }
-        names
+        vec![self.images.name()]
     }
 
     fn provider(&self, machine: &MachineSpec) -> &dyn Provider {

@@ -37,6 +37,9 @@ pub struct LibvirtSource {
     /// Disks that are left out, by their names in the machine: `vdb`.
     #[serde(default)]
     pub exclude: Vec<String>,
+    /// Who protects it: the pool's id. Two pools may protect one machine, each with checkpoints of its own.
+    #[serde(default)]
+    pub owner: String,
 }
 
 /// A machine made of image files.

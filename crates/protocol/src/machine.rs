@@ -6,7 +6,7 @@
 //! - [`MachineReport`], the result of `Inspect`, and [`SentReport`], the result of `SendOrder`. The result of every
 //!   other command is `null`, of `ListInventory` a list of `model::HostMachine`.
 
-use model::{Consistency, DatasourceId};
+use model::{Consistency, DatasourceId, PoolId};
 use serde::{Deserialize, Serialize};
 
 /// A disk as its host sees it.
@@ -72,12 +72,12 @@ pub fn images_definition(
     .to_string()
 }
 
-/// The definition of a machine of the provider `libvirt`; `exclude` names disks that are left out.
-pub fn libvirt_definition(id: DatasourceId, name: &str, exclude: &[String]) -> String {
+/// The definition of a machine of the provider `libvirt`, protected in the pool `owner`; `exclude` names disks that are left out.
+pub fn libvirt_definition(id: DatasourceId, name: &str, exclude: &[String], owner: PoolId) -> String {
     serde_json::json!({
         "id": id,
         "name": name,
-        "source": { "provider": "libvirt", "exclude": exclude },
+        "source": { "provider": "libvirt", "exclude": exclude, "owner": owner.to_string() },
     })
     .to_string()
 }

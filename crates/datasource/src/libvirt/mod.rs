@@ -33,11 +33,11 @@ use crate::{
     Provider, ProviderError, RecoveryTarget, Source, Swept, TargetRequest,
 };
 use rpc::{Connection, Domain, State};
-use view::Claim;
+use view::{Claim, Found};
 
 /// Begins the name of every checkpoint of ours; the job's id follows.
 const CHECKPOINT: &str = "stillpoint-";
-/// Begins the description of every checkpoint of ours; the datasource's id follows.
+/// Begins the description of every checkpoint of ours; the pool's and the datasource's id follow.
 const DESCRIPTION: &str = "stillpoint ";
 /// Begins the name of every scratch file and socket of ours.
 const FILE_MARK: &str = ".stillpoint-";
@@ -161,7 +161,7 @@ impl Libvirt {
     }
 
     /// The machine and whether it runs.
-    fn find(&self, machine: &MachineSpec) -> Result<(Connection, Domain, State), ProviderError> {
+    fn find(&self, machine: &MachineSpec) -> Result<Found, ProviderError> {
         let mut connection = self.open(&machine.name)?;
         let told = |error: LibvirtError| failed(&machine.name, &error);
         let domain = connection.domain(&machine.id.0).map_err(told)?.ok_or_else(|| ProviderError::Missing {
@@ -170,7 +170,7 @@ impl Libvirt {
                 .to_owned(),
         })?;
         let state = connection.state(&domain).map_err(told)?;
-        Ok((connection, domain, state))
+        Ok(Found { connection, domain, state })
     }
 
     /// The image files of a stopped machine.
@@ -252,7 +252,7 @@ impl Provider for Libvirt {
 
     fn inspect(&self, machine: &MachineSpec) -> Result<MachineDescription, ProviderError> {
         let exclude = &source(machine)?.exclude;
-        let (mut connection, domain, state) = self.find(machine)?;
+        let Found { mut connection, domain, state } = self.find(machine)?;
         let text = connection
             .definition(&domain, state == State::Off)
             .map_err(|error| failed(&machine.name, &error))?;
@@ -272,18 +272,18 @@ impl Provider for Libvirt {
         request: &FreezeRequest,
     ) -> Result<Box<dyn FrozenView>, ProviderError> {
         let exclude = &source(machine)?.exclude;
-        let (mut connection, domain, state) = self.find(machine)?;
-        if state == State::Off {
-            let (disks, images) = self.at_rest(&mut connection, &domain, machine)?;
+        let mut found = self.find(machine)?;
+        if found.state == State::Off {
+            let (disks, images) = self.at_rest(&mut found.connection, &found.domain, machine)?;
             let inner = self.images.freeze(&images, request)?;
-            return Ok(Box::new(view::Stopped::new(inner, &disks, &domain.name, request)));
+            return Ok(Box::new(view::Stopped::new(inner, &disks, &found.domain.name, request)));
         }
-        let claim = Claim::of(domain.uuid, &self.claimed).ok_or_else(|| ProviderError::Locked {
+        let claim = Claim::of(found.domain.uuid, &self.claimed).ok_or_else(|| ProviderError::Locked {
             object: machine.name.clone(),
             reason: "another job of it runs".to_owned(),
         })?;
         let settings = &self.settings;
-        Ok(Box::new(view::freeze(connection, domain, state, machine, exclude, request, settings, claim)?))
+        Ok(Box::new(view::freeze(found, machine, exclude, request, settings, claim)?))
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {

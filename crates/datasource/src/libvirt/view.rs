@@ -15,11 +15,13 @@ use super::rpc::{Connection, Domain, LibvirtError, State};
 use super::{CHECKPOINT, DESCRIPTION, FILE_MARK, Settings, failed};
 use crate::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
-    MachineSpec, ProviderError,
+    MachineSpec, ProviderError, Source,
 };
 
 /// How long QEMU may take to make checkpoint and copies of all disks.
 const BEGIN: Duration = Duration::from_secs(60);
+/// Checkpoints that may gather while no run has a base.
+const MOST_KEPT: usize = 4;
 /// A socket's path has at most 107 bytes on Linux.
 const SOCKET_PATH: usize = 107;
 
@@ -36,6 +38,13 @@ pub struct LibvirtView {
     method: FreezeMethod,
     disks: Vec<FrozenDisk>,
     job: Running,
+}
+
+/// A machine as libvirt has it now, and the conversation about it.
+pub(super) struct Found {
+    pub(super) connection: Connection,
+    pub(super) domain: Domain,
+    pub(super) state: State,
 }
 
 /// The one view of a machine that this process has at a time.
@@ -292,9 +301,9 @@ impl Request {
             return None;
         }
         let mut out = format!(
-            "<domaincheckpoint><name>{}</name><description>{DESCRIPTION}{}</description><disks>",
+            "<domaincheckpoint><name>{}</name><description>{}</description><disks>",
             self.mark(),
-            machine.id
+            definition::escaped(&description(machine))
         );
         for disk in all {
             let kind = if is_kept(disk) { "bitmap" } else { "no" };
@@ -396,9 +405,7 @@ fn begin(
 
 /// A view of a running machine.
 pub(super) fn freeze(
-    mut connection: Connection,
-    domain: Domain,
-    state: State,
+    Found { mut connection, domain, state }: Found,
     machine: &MachineSpec,
     exclude: &[String],
     request: &FreezeRequest,
@@ -501,11 +508,23 @@ pub(super) fn freeze(
     })
 }
 
+/// What says whose a checkpoint is.
+fn description(machine: &MachineSpec) -> String {
+    match &machine.source {
+        Source::Libvirt(source) => format!("{DESCRIPTION}{} {}", source.owner, machine.id),
+        Source::Images(_) => format!("{DESCRIPTION}{}", machine.id),
+    }
+}
+
 /// Removes our checkpoints of this machine but the one just made and the bases. libvirt folds what they tracked into the
 /// one before.
 fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Result<String, String>]) {
     let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
     let Ok(checkpoints) = connection.checkpoints(&job.domain) else { return };
+    // A run that reads everything is not told which one the newest point needs, and may yet fail.
+    if bases.iter().all(Result::is_err) && checkpoints.len() <= MOST_KEPT {
+        return;
+    }
     for checkpoint in checkpoints {
         let name = checkpoint.0.as_str();
         let is_needed = name == mark || bases.iter().any(|base| base.as_deref() == Ok(name));
@@ -513,7 +532,7 @@ fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Resu
             continue;
         }
         let Ok(Some(text)) = connection.checkpoint_definition(&job.domain, &checkpoint) else { continue };
-        if definition::text(&text, &["description"]) == Some(format!("{DESCRIPTION}{}", machine.id)) {
+        if definition::text(&text, &["description"]) == Some(description(machine)) {
             // One that cannot be removed now is tried again by the next run.
             let _ = connection.delete_checkpoint(&job.domain, &checkpoint, false);
         }

@@ -277,7 +277,7 @@ impl App {
                 format!("{} has no disk {unknown}; it has {}.", machine.name, has.join(", ")),
             ));
         }
-        let definition = libvirt_definition(machine.id, &machine.name, &request.exclude);
+        let definition = libvirt_definition(machine.id, &machine.name, &request.exclude, self.pool().id());
         let others = self.stored_datasources();
         if let Some(known) = others.iter().find(|known| known.id == machine.id && !known.removed) {
             if known.definition == definition && known.host == host {

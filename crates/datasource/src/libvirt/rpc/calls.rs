@@ -276,8 +276,11 @@ mod tests {
         (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap()).collect()
     }
 
+    /// What becomes of the packet that answers a procedure.
+    type Twist = fn(u32, Vec<u8>) -> Vec<u8>;
+
     /// A daemon that says what was recorded, or whatever `twist` makes of it.
-    fn daemon(twist: fn(u32, Vec<u8>) -> Vec<u8>) -> (tempfile::TempDir, std::path::PathBuf) {
+    fn daemon(twist: Twist) -> (tempfile::TempDir, std::path::PathBuf) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sock");
         let listener = UnixListener::bind(&path).unwrap();
@@ -318,7 +321,7 @@ mod tests {
         let uuid = bytes("f8855ba63d724ba6b23472e92536dc10").try_into().unwrap();
         let domain = connection.domain(&uuid).unwrap().unwrap();
         assert_eq!(domain, Domain { name: "g1".to_owned(), uuid, id: 1 });
-        assert_eq!(connection.domains().unwrap(), [domain.clone()]);
+        assert_eq!(connection.domains().unwrap().as_slice(), std::slice::from_ref(&domain));
         assert_eq!(connection.state(&domain).unwrap(), State::Running);
         assert_eq!(connection.block_info(&domain, "vda").unwrap().capacity, 512 << 20);
         assert_eq!(connection.freeze(&domain, ANSWER).unwrap(), 1);
@@ -328,7 +331,7 @@ mod tests {
 
     #[test]
     fn an_answer_that_makes_no_sense_ends_the_conversation() {
-        let twists: [fn(u32, Vec<u8>) -> Vec<u8>; 6] = [
+        let twists: [Twist; 6] = [
             // Another serial, another procedure, a length of nothing, of everything, no end, an answer cut short.
             |procedure, mut packet| {
                 if procedure == 24 {
