@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use environment::simulated::{Failure, When};
-use fabric::{BLOCK, Fabric, Fault, Lost, blocks, settings};
+use fabric::{BLOCK, Fabric, Fault, Lost, Tracker, blocks, settings};
 use jobs::decide::Wish;
 use jobs::keep;
 use model::{Code, RangeSet, RecoveryPointId};
@@ -131,6 +131,13 @@ impl Life {
     }
 
     fn job(&mut self) -> Result<(), String> {
+        let tracker = match self.below(4) {
+            0 | 1 => Tracker::None,
+            2 => Tracker::Right,
+            _ => Tracker::Lost,
+        };
+        self.fabric.host.track(tracker);
+        self.steps.push(format!("tracker: {tracker:?}"));
         let wish = match self.below(10) {
             0 => Wish::Check,
             _ if self.fabric.pool().state().points.values().all(|point| point.deleted.is_some()) => {

@@ -6,7 +6,7 @@ mod fabric;
 use std::sync::Arc;
 
 use environment::simulated::ReadFault;
-use fabric::{BLOCK, Fabric, Fault, Lost, blocks, content, list, settings};
+use fabric::{BLOCK, Fabric, Fault, Lost, Tracker, blocks, content, list, settings};
 use jobs::decide::Wish;
 use jobs::synchronize::{DOUBT_DOCUMENT, differing_bytes};
 use jobs::{Machine, keep};
@@ -90,6 +90,52 @@ fn a_list_is_used_only_against_its_base() {
     );
     not_believed(&mut fabric, Some(first), "list is against point");
     not_believed(&mut fabric, Some(RecoveryPointId([0xEE; 16])), "list is against point");
+}
+
+/// A new point by whatever the host's own tracker says: its cause.
+fn tracked(fabric: &mut Fabric) -> String {
+    let outcome = fabric.listed(&[], None).unwrap();
+    fabric.examine();
+    outcome.point.details().cause.to_string()
+}
+
+#[test]
+fn a_host_with_a_tracker_is_asked_what_changed_and_its_doubts_are_the_points() {
+    let mut fabric = Fabric::seeded(40).disk(200);
+    fabric.host.track(Tracker::Right);
+    fabric.protect();
+    fabric.host.write(0, 4, 104);
+    assert!(tracked(&mut fabric).starts_with("changed extents because: the tracker's list since view 0"));
+    fabric.host.write(0, 7, 107);
+    let outcome = fabric.listed(&[], None).unwrap();
+    assert_eq!((outcome.figures.bytes_listed, outcome.figures.bytes_transferred), (BLOCK_BYTES, BLOCK_BYTES));
+    assert!(outcome.point.details().cause.to_string().contains("since view 1"));
+
+    // A run that fails after its view was made: the next one asks for the view of the newest point, not for that one.
+    fabric.host.write(0, 9, 109);
+    fabric.host.plan(Fault::ViewChanged);
+    fabric.listed(&[], None).unwrap_err();
+    fabric.host.write(0, 11, 111);
+    assert!(tracked(&mut fabric).contains("since view 2"));
+
+    // Lost: everything is compared, and the next run has a base again.
+    fabric.host.write(0, 13, 113);
+    fabric.host.track(Tracker::Lost);
+    assert_eq!(tracked(&mut fabric), "full compare because: the tracker does not know that view");
+    fabric.host.track(Tracker::Right);
+    fabric.host.write(0, 15, 115);
+    assert!(tracked(&mut fabric).starts_with("changed extents"));
+
+    // It lies: an audit finds it, now or later, and no wrong point stays above suspicion.
+    fabric.host.track(Tracker::Lying);
+    let suspects = (0..40).find_map(|round| {
+        (20..180).for_each(|block| fabric.host.write(0, block, 1000 * (round + 1) + block));
+        let outcome = fabric.listed(&[], None).unwrap();
+        outcome.point.details().cause.to_string().starts_with("full compare because: audit").then_some(())
+    });
+    assert!(suspects.is_some(), "a tracker that lists nothing was never caught");
+    fabric.host.track(Tracker::Right);
+    assert!(tracked(&mut fabric).starts_with("changed extents"));
 }
 
 #[test]

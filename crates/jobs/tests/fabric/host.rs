@@ -10,9 +10,11 @@ use jobs::port::{AgentEnd, TargetEnd};
 use jobs::{
     DiskView, Machine, MachineView, ProtectedHost, ReceiveOrder, Receiving, SendOrder, Sending, SentView,
 };
-use model::{ByteRange, Code, Consistency, JobId, Problem};
+use model::{ByteRange, Cause, Code, Consistency, JobId, Problem};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
-use transfer::{Connector, Link, LinkError, Sender, SenderSettings, Steer, Target, TargetSettings, pair};
+use transfer::{
+    Connector, DiskOrder, Link, LinkError, Mode, Sender, SenderSettings, Steer, Target, TargetSettings, pair,
+};
 
 /// What goes wrong, once, in the next order.
 #[derive(Clone)]
@@ -39,8 +41,25 @@ pub enum Fault {
     After(Arc<dyn Fn() + Send + Sync>),
 }
 
+/// What the host's own tracker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tracker {
+    /// There is none.
+    #[default]
+    None,
+    /// It lists what differs from the view that it is asked for.
+    Right,
+    /// It has lost what it knew.
+    Lost,
+    /// It leaves everything out.
+    Lying,
+}
+
 #[derive(Default)]
 struct Shared {
+    tracker: Mutex<Tracker>,
+    /// Views that were sent; a disk's description is its view's place here.
+    views: Mutex<Vec<Vec<Vec<u8>>>>,
     disks: Mutex<Vec<Vec<u8>>>,
     fault: Mutex<Option<Fault>>,
     sent: Mutex<Vec<(JobId, Vec<Vec<u8>>)>>,
@@ -71,6 +90,34 @@ impl FakeHost {
         });
     }
 
+    pub fn track(&self, tracker: Tracker) {
+        *self.0.tracker.lock().unwrap() = tracker;
+    }
+
+    /// The order with what the tracker says in the place of the question, as an agent does it.
+    fn resolved(&self, order: DiskOrder, disk: usize, now: &[u8]) -> DiskOrder {
+        let Mode::Tracked { base, rotation } = &order.mode else { return order };
+        let views = self.0.views.lock().unwrap();
+        let then = base.parse::<usize>().ok().and_then(|view| views.get(view)?.get(disk));
+        let full = |because: &str| DiskOrder {
+            mode: Mode::Full { cause: Cause::new("full compare", [because]) },
+            because: because.to_owned(),
+            ..order.clone()
+        };
+        let tracker = *self.0.tracker.lock().unwrap();
+        let Some(then) = then.filter(|then| tracker != Tracker::Lost && then.len() == now.len()) else {
+            return full("the tracker does not know that view");
+        };
+        let size = super::BLOCK;
+        let differs = then.chunks(size).zip(now.chunks(size)).zip(0u64..).filter(|((a, b), _)| a != b);
+        let listed = match tracker {
+            Tracker::Lying => Default::default(),
+            _ => differs.map(|(_, block)| super::blocks(block..block + 1)).collect(),
+        };
+        let because = format!("the tracker's list since view {base}");
+        DiskOrder { mode: Mode::Extents { listed, rotation: *rotation }, because, ..order }
+    }
+
     pub fn plan(&self, fault: Fault) {
         *self.0.fault.lock().unwrap() = Some(fault);
     }
@@ -93,12 +140,17 @@ impl FakeHost {
         self.0.recovered.lock().unwrap().clone()
     }
 
-    fn view(disks: &[Vec<u8>]) -> MachineView {
+    fn view(&self, disks: &[Vec<u8>]) -> MachineView {
+        let tracked = *self.0.tracker.lock().unwrap() != Tracker::None;
+        let description = match tracked {
+            true => (self.0.views.lock().unwrap().len().saturating_sub(1)).to_string(),
+            false => "{}".to_owned(),
+        };
         let disk = |disk: &Vec<u8>| DiskView {
             size: disk.len() as u64,
             sector: 512,
-            description: "{}".to_owned(),
-            tracked: false,
+            description: description.clone(),
+            tracked,
         };
         MachineView { disks: disks.iter().map(disk).collect() }
     }
@@ -289,7 +341,7 @@ impl ProtectedHost for FakeHost {
     }
 
     fn inspect(&self, _machine: &Machine) -> Result<MachineView, Problem> {
-        Ok(FakeHost::view(&self.0.disks.lock().unwrap()))
+        Ok(self.view(&self.0.disks.lock().unwrap()))
     }
 
     fn send(&self, order: SendOrder) -> Result<Box<dyn Sending>, Problem> {
@@ -299,13 +351,21 @@ impl ProtectedHost for FakeHost {
         }
         self.0.messages.store(0, Ordering::SeqCst);
         let frozen = self.0.disks.lock().unwrap().clone();
-        let mut view = FakeHost::view(&frozen);
+        let orders: Vec<DiskOrder> = (0..)
+            .zip(order.disks)
+            .map(|(disk, order)| match frozen.get(disk) {
+                Some(now) => self.resolved(order, disk, now),
+                None => order,
+            })
+            .collect();
+        self.0.views.lock().unwrap().push(frozen.clone());
+        let mut view = self.view(&frozen);
         self.0.sent.lock().unwrap().push((order.job, frozen.clone()));
-        if frozen.len() != order.disks.len() {
+        if frozen.len() != orders.len() {
             return Err(Problem::new(Code::SourceChanged, "The machine has other disks now."));
         }
         let said: Arc<Mutex<Option<Problem>>> = Arc::default();
-        let disks = frozen.into_iter().zip(order.disks).map(|(bytes, order)| {
+        let disks = frozen.into_iter().zip(orders).map(|(bytes, order)| {
             let left = match &fault {
                 Some(Fault::ReadFails(after)) => Some(AtomicU64::new(*after)),
                 _ => None,

@@ -24,7 +24,7 @@ use storage_pool::verify::{Depth, VerifyReport};
 use storage_pool::{Access, Pool, PoolError, Settings, World};
 use transfer::Steer;
 
-pub use host::{FakeHost, Fault};
+pub use host::{FakeHost, Fault, Tracker};
 pub use ledger::{Ledger, Lost};
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
