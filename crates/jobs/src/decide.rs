@@ -154,7 +154,12 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Op
         return full("full scan", vec!["it was asked for".to_owned()]);
     }
     if !lists.contains_key(&index) && view.tracked {
-        // Where disks came or went or grew the host knows better than their places and sizes do.
+        // Where disks came or went the host knows better than their places do. A size that changed is not for its list: a map of
+        // another size is not built upon in full.
+        if known.size != view.size {
+            let grown = format!("disk {index} has {} bytes, the replica {}", view.size, known.size);
+            return full("full scan", vec![grown]);
+        }
         if let Some(doubt) = &replica.doubt {
             return full("full scan", vec![doubt.clone()]);
         }
@@ -330,6 +335,8 @@ mod tests {
         let doubtful = Replica { doubt: Some("the newest point was deleted".to_owned()), ..replica() };
         assert_eq!(planned(&doubtful, &tracked).disks[0].read, Read::Full);
         assert_eq!(planned(&replica(), &view(64 * MIB)).disks[0].read, Read::Full);
+        let grown = DiskView { tracked: true, ..view(65 * MIB) };
+        assert_eq!(planned(&replica(), &grown).disks[0].read, Read::Full);
 
         let said = |full, because: &str| Some(ReadDisk { size: 64 * MIB, full, because: because.to_owned() });
         let listed = stated(asked.clone(), &[said(false, "dirty blocks since checkpoint c1")]);

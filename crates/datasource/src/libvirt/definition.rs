@@ -25,6 +25,8 @@ pub(super) struct Disk {
     pub(super) chain: u32,
     /// Why it cannot be protected, if so.
     pub(super) unprotected: Option<String>,
+    /// Whether nothing of the machine's state is on it: it has no medium, or cannot be written to.
+    pub(super) is_no_state: bool,
 }
 
 /// The disks of a machine, in the order of its definition.
@@ -75,6 +77,10 @@ fn disk(node: Node<'_, '_>, kind: &str) -> Disk {
         Some("it is transient: what is written to it goes with the machine's stop".to_owned())
     } else if child(node, "readonly").is_some() {
         Some("the machine cannot write to it (<readonly/>)".to_owned())
+    } else if let Some(odd) = ["encryption", "slices"].into_iter().find(|name| {
+        source.is_some_and(|source| child(source, name).is_some()) || child(node, name).is_some()
+    }) {
+        Some(format!("its source has <{odd}>: what the guest sees is not what is in the file"))
     } else if storage != "file" {
         Some(format!("its storage is of the kind {storage:?}; disks in files are protected"))
     } else if file.is_none() {
@@ -100,6 +106,7 @@ fn disk(node: Node<'_, '_>, kind: &str) -> Disk {
             .and_then(|bytes| bytes.parse().ok()),
         chain: 1 + backing(node),
         unprotected,
+        is_no_state: child(node, "readonly").is_some() || source.is_none(),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -16,8 +17,11 @@ use super::rpc::{Connection, LibvirtError};
 pub const SUBCOMMAND: &str = "__thaw-guard";
 /// How long one attempt to thaw may take.
 const ATTEMPT: Duration = Duration::from_secs(10);
-/// How often a guard tries; a guest's agent that does not answer may be busy with the freeze itself.
-const ATTEMPTS: u32 = 30;
+/// For so long a freeze that was not answered may still come about: libvirt lets a call to an agent wait for others for 30 s,
+/// and a thaw that was sent later may overtake it.
+const LATE: Duration = Duration::from_secs(40);
+/// After so many thaws in a row that the agent answered, half a second apart, no freeze waits behind another call any more.
+const IN_A_ROW: u32 = 6;
 
 /// What a guard needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,29 +88,38 @@ pub fn stand(watch: &Watch, mut pipe: impl Read + Send + 'static) -> bool {
     if let Ok(true) = tells.recv_timeout(watch.limit) {
         return false;
     }
-    thaw(watch);
+    thaw(watch, false, || matches!(tells.try_recv(), Ok(true)));
     true
 }
 
-/// Thaws a machine's file systems and takes the note away, or says why that could not be done.
-pub(super) fn thaw(watch: &Watch) -> bool {
-    for attempt in 0..ATTEMPTS {
-        if attempt > 0 {
-            std::thread::sleep(Duration::from_secs(1));
-        }
-        let is_thawed = Connection::open(&watch.socket).and_then(|mut connection| {
+/// Thaws a machine's file systems until some were thawed, nothing can be frozen any more, or `may_stop` says that somebody else
+/// did; then the note goes. False if it could not be done. Where the freeze `is_answered`, nothing can overtake the thaw.
+pub(super) fn thaw(watch: &Watch, is_answered: bool, may_stop: impl Fn() -> bool) -> bool {
+    let began = Instant::now();
+    let (mut is_thawed, mut in_a_row) = (false, 0);
+    while began.elapsed() < LATE && !may_stop() {
+        let thawed = Connection::open(&watch.socket).and_then(|mut connection| {
             match connection.domain(&watch.uuid)? {
                 // A machine that is gone or off has nothing frozen.
-                None => Ok(()),
-                Some(domain) if domain.id < 0 => Ok(()),
-                Some(domain) => connection.thaw(&domain, ATTEMPT).map(drop),
+                None => Ok(1),
+                Some(domain) if domain.id < 0 => Ok(1),
+                Some(domain) => connection.thaw(&domain, ATTEMPT),
             }
         });
-        if is_thawed.is_ok() {
-            // A note that stays is looked at again by the next sweep.
-            let _ = std::fs::remove_file(&watch.note);
-            return true;
+        is_thawed = thawed.is_ok();
+        in_a_row = if is_thawed { in_a_row + 1 } else { 0 };
+        if in_a_row >= IN_A_ROW {
+            break;
         }
+        if thawed.is_ok_and(|count| count > 0 || is_answered) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    if is_thawed || may_stop() {
+        // A note that stays is looked at again by the next sweep.
+        let _ = std::fs::remove_file(&watch.note);
+        return true;
     }
     false
 }
@@ -132,6 +145,8 @@ impl Guard {
             Some(program) => {
                 let mut child = Command::new(program)
                     .args(watch.words())
+                    // A hang-up or an interrupt of the agent's terminal is none of the guard's.
+                    .process_group(0)
                     .stdin(Stdio::piped())
                     .stdout(Stdio::null())
                     .stderr(Stdio::null())

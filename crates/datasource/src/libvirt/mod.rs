@@ -39,7 +39,7 @@ use view::{Claim, Found};
 const CHECKPOINT: &str = "stillpoint-";
 /// Begins the description of every checkpoint of ours; the pool's and the datasource's id follow.
 const DESCRIPTION: &str = "stillpoint ";
-/// Begins the name of every scratch file and socket of ours.
+/// Begins the name of every folder with scratch files and a socket of ours; the job's id follows.
 const FILE_MARK: &str = ".stillpoint-";
 
 /// How the provider works.
@@ -194,7 +194,7 @@ impl Libvirt {
     fn sweep_machine(&self, machine: &MachineSpec, swept: &mut Swept) -> Result<(), ProviderError> {
         let told = |error: LibvirtError| failed(&machine.name, &error);
         // Held until the end, so that no view begins meanwhile.
-        let Some(_claim) = Claim::of(machine.id.0, &self.claimed) else {
+        let Some(_claim) = Claim::of(machine.id.0, &self.settings.notes, &self.claimed) else {
             swept.in_use.push(machine.name.clone());
             return Ok(());
         };
@@ -204,24 +204,28 @@ impl Libvirt {
             limit: self.settings.freeze_limit,
             note: self.settings.notes.join(format!("frozen-{}", guard::hex(&machine.id.0))),
         };
-        // A note of a freeze that goes on is younger than its limit.
-        let is_old = std::fs::metadata(&watch.note)
-            .and_then(|note| note.modified())
-            .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > 2 * self.settings.freeze_limit));
-        if is_old && guard::thaw(&watch) {
+        // Nobody else has a view, so the freeze is over or its maker is dead, and so may be his guard.
+        if watch.note.exists() && guard::thaw(&watch, false, || !watch.note.exists()) {
             swept.removed.push(format!("a freeze of {}", machine.name));
         }
         let mut connection = self.open(&machine.name)?;
         let Some(domain) = connection.domain(&machine.id.0).map_err(told)? else { return Ok(()) };
-        let Some(job) = connection.backup(&domain).map_err(told)? else { return Ok(()) };
-        let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
-        let is_ours = |file: &PathBuf| {
-            file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FILE_MARK))
+        let text = connection.definition(&domain, false).map_err(told)?;
+        let Some(job) = connection.backup(&domain).map_err(told)? else {
+            let disks = definition::disks(&machine.name, &text).unwrap_or_default();
+            let images = disks.iter().filter_map(|disk| Path::new(disk.file.as_deref()?).parent());
+            let mut folders: BTreeSet<PathBuf> = images.map(Path::to_owned).collect();
+            folders.extend(self.settings.scratch.clone());
+            folders.insert("/var/tmp".into());
+            swept.removed.extend(view::remove_left(machine, &folders));
+            return Ok(());
         };
+        let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
+        let is_ours = |file: &PathBuf| file.parent().is_some_and(view::is_marked);
         if files.is_empty() || !files.iter().all(is_ours) {
             return Ok(());
         }
-        connection.abort_job(&domain).map_err(told)?;
+        view::end(&mut connection, &domain).map_err(told)?;
         view::remove(&files);
         swept.removed.push(format!("a backup job of {}", machine.name));
         Ok(())
@@ -276,11 +280,13 @@ impl Provider for Libvirt {
         if found.state == State::Off {
             let (disks, images) = self.at_rest(&mut found.connection, &found.domain, machine)?;
             let inner = self.images.freeze(&images, request)?;
-            return Ok(Box::new(view::Stopped::new(inner, &disks, &found.domain.name, request)));
+            return Ok(Box::new(view::Stopped::new(inner, &disks, &found.domain.name)));
         }
-        let claim = Claim::of(found.domain.uuid, &self.claimed).ok_or_else(|| ProviderError::Locked {
-            object: machine.name.clone(),
-            reason: "another job of it runs".to_owned(),
+        let claim = Claim::of(found.domain.uuid, &self.settings.notes, &self.claimed).ok_or_else(|| {
+            ProviderError::Locked {
+                object: machine.name.clone(),
+                reason: "another job of it runs".to_owned(),
+            }
         })?;
         let settings = &self.settings;
         Ok(Box::new(view::freeze(found, machine, exclude, request, settings, claim)?))

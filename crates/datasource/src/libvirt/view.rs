@@ -1,9 +1,10 @@
 //! The view of a running machine: a backup job of libvirt, read over NBD.
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, TryLockError};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use model::{Consistency, JobId};
@@ -18,6 +19,8 @@ use crate::{
     MachineSpec, ProviderError, Source,
 };
 
+/// How long a restart of libvirt's daemon may take, and the end of a job.
+const RESTART: Duration = Duration::from_secs(30);
 /// How long QEMU may take to make checkpoint and copies of all disks.
 const BEGIN: Duration = Duration::from_secs(60);
 /// Checkpoints that may gather while no run has a base.
@@ -47,17 +50,29 @@ pub(super) struct Found {
     pub(super) state: State,
 }
 
-/// The one view of a machine that this process has at a time.
+/// The one view of a machine that is there at a time, of all agents of this host.
 pub(super) struct Claim {
     uuid: [u8; 16],
     claimed: Arc<Mutex<BTreeSet<[u8; 16]>>>,
+    /// Locked as long as it is open; gone with the process.
+    _lock: Option<File>,
 }
 
 impl Claim {
     /// Nothing if the machine has a view already.
-    pub(super) fn of(uuid: [u8; 16], claimed: &Arc<Mutex<BTreeSet<[u8; 16]>>>) -> Option<Claim> {
+    pub(super) fn of(
+        uuid: [u8; 16],
+        notes: &Path,
+        claimed: &Arc<Mutex<BTreeSet<[u8; 16]>>>,
+    ) -> Option<Claim> {
+        // Where no file can be locked, the machines of this process are still told apart.
+        let _ = std::fs::create_dir_all(notes);
+        let lock = File::create(notes.join(format!("claim-{}", super::guard::hex(&uuid)))).ok();
+        if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
+            return None;
+        }
         let is_new = claimed.lock().unwrap_or_else(PoisonError::into_inner).insert(uuid);
-        is_new.then(|| Claim { uuid, claimed: claimed.clone() })
+        is_new.then(|| Claim { uuid, claimed: claimed.clone(), _lock: lock })
     }
 }
 
@@ -72,23 +87,31 @@ struct Running {
     connection: Mutex<Connection>,
     domain: Domain,
     files: Vec<PathBuf>,
+    watch: Option<Reserve>,
     _claim: Claim,
 }
 
 impl Running {
+    /// The machine's backup job. libvirt may be restarted meanwhile: the job lives in QEMU, and a daemon is waited for.
+    fn ask(&self) -> Result<Option<String>, LibvirtError> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let began = Instant::now();
+        loop {
+            match connection.backup(&self.domain) {
+                Err(error) if error.code().is_none() && began.elapsed() < RESTART => {
+                    std::thread::sleep(Duration::from_millis(500));
+                    if let Ok(another) = connection.another() {
+                        *connection = another;
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Whether the machine's backup job is there, and is ours.
     fn is_alive(&self) -> Result<bool, LibvirtError> {
-        let ask = |connection: &mut Connection| connection.backup(&self.domain);
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let job = match ask(&mut connection) {
-            // libvirt may have been restarted; the job lives in QEMU.
-            Err(LibvirtError::Lost(_)) => {
-                *connection = connection.another()?;
-                ask(&mut connection)?
-            }
-            other => other?,
-        };
-        let Some(job) = job else { return Ok(false) };
+        let Some(job) = self.ask()? else { return Ok(false) };
         let named = definition::files_of(&job);
         Ok(self.files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
     }
@@ -96,12 +119,83 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if matches!(self.is_alive(), Ok(true)) {
-            let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-            // What is left the next sweep ends.
-            let _ = connection.abort_job(&self.domain);
+        self.watch.take();
+        let is_over = match self.is_alive() {
+            Ok(true) => {
+                let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+                end(&mut connection, &self.domain).is_ok()
+            }
+            Ok(false) => true,
+            Err(_) => false,
+        };
+        // What a living job writes to stays where the next sweep finds it.
+        if is_over {
+            remove(&self.files);
         }
-        remove(&self.files);
+    }
+}
+
+/// Ends the machine's backup job and waits until it is gone.
+pub(super) fn end(connection: &mut Connection, domain: &Domain) -> Result<(), LibvirtError> {
+    match connection.abort_job(domain) {
+        // It ended by itself meanwhile.
+        Err(error) if error.code() == Some(LibvirtError::INVALID) => {}
+        other => other?,
+    }
+    let began = Instant::now();
+    while connection.backup(domain)?.is_some() {
+        if began.elapsed() > RESTART {
+            return Err(LibvirtError::Lost("the backup job does not end".to_owned()));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// Ends the job before its scratch space is full: QEMU would fail the guest's own writes then.
+struct Reserve {
+    stop: mpsc::Sender<()>,
+}
+
+/// Bytes that stay free where QEMU keeps what the machine overwrites.
+const RESERVE: u64 = 512 << 20;
+
+/// The folder that a job's own folder is in.
+fn around(file: &Path) -> &Path {
+    file.parent().and_then(Path::parent).unwrap_or(Path::new("/"))
+}
+
+/// Bytes free for a scratch file.
+fn free(file: &Path) -> std::io::Result<u64> {
+    let found = rustix::fs::statvfs(around(file))?;
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+impl Reserve {
+    fn watch(connection: Connection, domain: Domain, files: Vec<PathBuf>) -> Reserve {
+        let (stop, stopped) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut connection = connection;
+            while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if files.iter().any(|file| free(file).is_ok_and(|free| free < RESERVE)) {
+                    if connection.abort_job(&domain).is_err()
+                        && let Ok(another) = connection.another()
+                    {
+                        connection = another;
+                        continue;
+                    }
+                    return;
+                }
+            }
+        });
+        Reserve { stop }
+    }
+}
+
+impl Drop for Reserve {
+    fn drop(&mut self) {
+        // A thread that ended by itself needs no word.
+        let _ = self.stop.send(());
     }
 }
 
@@ -110,6 +204,42 @@ pub(super) fn remove(files: &[PathBuf]) {
     for file in files {
         let _ = std::fs::remove_file(file);
     }
+    for folder in files.iter().filter_map(|file| file.parent()) {
+        if is_marked(folder) {
+            // Only when nothing is in it any more.
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Begins the names of the folders of one machine. Short, because a socket's path must be.
+fn own_mark(machine: &MachineSpec) -> String {
+    format!("{FILE_MARK}{}-", machine.id.to_string().get(..8).unwrap_or_default())
+}
+
+/// Removes what killed jobs of a machine left in these folders. Nobody else may have a view of it.
+pub(super) fn remove_left(machine: &MachineSpec, folders: &BTreeSet<PathBuf>) -> Vec<String> {
+    let mark = own_mark(machine);
+    let mut removed = Vec::new();
+    for entry in folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(&mark) {
+            continue;
+        }
+        let folder = entry.path();
+        let files: Vec<PathBuf> = std::fs::read_dir(&folder)
+            .map(|files| files.flatten().map(|file| file.path()).collect())
+            .unwrap_or_default();
+        remove(&files);
+        if std::fs::remove_dir(&folder).is_ok() || !folder.exists() {
+            removed.push(folder.display().to_string());
+        }
+    }
+    removed
+}
+
+/// Whether a folder is one of ours.
+pub(super) fn is_marked(folder: &Path) -> bool {
+    folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FILE_MARK))
 }
 
 impl FrozenView for LibvirtView {
@@ -150,10 +280,17 @@ pub(super) fn chosen(
     exclude: &[String],
     text: &str,
 ) -> Result<Vec<Disk>, ProviderError> {
-    let disks: Vec<Disk> = definition::disks(&machine.name, text)?
-        .into_iter()
-        .filter(|disk| disk.unprotected.is_none() && !exclude.contains(&disk.target))
-        .collect();
+    let mut disks = definition::disks(&machine.name, text)?;
+    disks.retain(|disk| !exclude.contains(&disk.target) && !disk.is_no_state);
+    if let Some((disk, why)) = disks.iter().find_map(|disk| Some((disk, disk.unprotected.as_ref()?))) {
+        return Err(ProviderError::Unsupported {
+            object: machine.name.clone(),
+            reason: format!(
+                "disk {} cannot be protected: {why}; leave it out when the machine is added: --exclude {}",
+                disk.target, disk.target
+            ),
+        });
+    }
     if disks.is_empty() {
         return Err(ProviderError::Unsupported {
             object: machine.name.clone(),
@@ -213,6 +350,10 @@ fn base_of(
     if known(TARGET) != Some(&disk.target) || known(FILE) != Some(file) || known(INODE) != now.as_deref() {
         return Ok(Err(format!("disk {} is another file than at the newest point", disk.target)));
     }
+    let size = connection.block_info(domain, &disk.target)?.capacity;
+    if base.size != size {
+        return Ok(Err(format!("disk {} has {size} bytes, {} at the newest point", disk.target, base.size)));
+    }
     let checkpoint = super::rpc::Checkpoint(mark.to_owned());
     let Some(text) = connection.checkpoint_definition(domain, &checkpoint)? else {
         return Ok(Err(format!("checkpoint {mark} is gone")));
@@ -231,7 +372,7 @@ struct Request {
 }
 
 impl Request {
-    fn new(job: JobId, disks: &[Disk], settings: &Settings) -> Result<Request, ProviderError> {
+    fn new(machine: &MachineSpec, job: JobId, disks: &[Disk], settings: &Settings) -> Request {
         let folder = |disk: &Disk| {
             let file = Path::new(disk.file.as_deref().unwrap_or("/"));
             settings
@@ -240,17 +381,40 @@ impl Request {
                 .or_else(|| file.parent().map(Path::to_owned))
                 .unwrap_or_else(|| "/".into())
         };
+        let own = format!("{}{job}", own_mark(machine));
         let scratch: Vec<PathBuf> = disks
             .iter()
             .enumerate()
-            .map(|(number, disk)| folder(disk).join(format!("{FILE_MARK}{job}-{number}.qcow2")))
+            .map(|(number, disk)| folder(disk).join(&own).join(format!("{number}.qcow2")))
             .collect();
-        let name = format!("{FILE_MARK}{job}.sock");
-        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join(&name));
+        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join("nbd.sock"));
         let socket = near
             .filter(|path| path.as_os_str().len() <= SOCKET_PATH)
-            .unwrap_or_else(|| Path::new("/var/tmp").join(&name));
-        Ok(Request { job, socket, scratch })
+            .unwrap_or_else(|| Path::new("/var/tmp").join(&own).join("nbd.sock"));
+        Request { job, socket, scratch }
+    }
+
+    /// Makes the folders that QEMU writes to: its user's, whom the running machine's image belongs to, and nobody else's.
+    fn make_folders(&self, disks: &[Disk]) -> Result<(), ProviderError> {
+        let image = disks.first().and_then(|disk| disk.file.as_deref()).unwrap_or("/");
+        let owner =
+            std::fs::metadata(image).map_err(|error| ProviderError::source(image, "look at it", &error))?;
+        for file in self.files() {
+            let Some(folder) = file.parent() else { continue };
+            let made = match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
+                made => made,
+            };
+            made.and_then(|()| std::os::unix::fs::chown(folder, Some(owner.uid()), Some(owner.gid())))
+                .map_err(|error| {
+                    ProviderError::source(
+                        folder.display().to_string(),
+                        "make a folder for scratch space",
+                        &error,
+                    )
+                })?;
+        }
+        Ok(())
     }
 
     fn files(&self) -> Vec<PathBuf> {
@@ -336,13 +500,21 @@ fn begin(
         start(connection)?;
         return Ok(crash("the machine was paused; nothing was written, nothing was flushed".to_owned()));
     }
-    if let Err(error) = connection.agent(domain, "{\"execute\":\"guest-ping\"}", 5) {
-        // A time limit that passed ends the conversation.
-        if error.code().is_none() {
-            *connection = connection.another()?;
+    match connection.agent(domain, "{\"execute\":\"guest-fsfreeze-status\"}", 5) {
+        Err(error) => {
+            // A time limit that passed ends the conversation.
+            if error.code().is_none() {
+                *connection = connection.another()?;
+            }
+            start(connection)?;
+            return Ok(crash(format!("no guest agent answers ({error}), so no file system was frozen")));
         }
-        start(connection)?;
-        return Ok(crash(format!("no guest agent answers ({error}), so no file system was frozen")));
+        // Whoever froze it thaws it.
+        Ok(status) if status.contains("frozen") => {
+            start(connection)?;
+            return Ok(crash("somebody else has the file systems frozen already".to_owned()));
+        }
+        Ok(_) => {}
     }
     let watch = Watch {
         socket: settings.socket.clone(),
@@ -358,7 +530,15 @@ fn begin(
             settings.notes.display()
         )));
     }
-    let guard = Guard::post(&watch, settings.program.as_deref())?;
+    let guard = match Guard::post(&watch, settings.program.as_deref()) {
+        Ok(guard) => guard,
+        Err(error) => {
+            // Nothing is frozen, so nothing may say so.
+            let _ = std::fs::remove_file(&watch.note);
+            start(connection)?;
+            return Ok(crash(format!("nothing was frozen: {error}")));
+        }
+    };
     let began = Instant::now();
     let frozen = connection.freeze(domain, settings.freeze_limit);
     let started = match &frozen {
@@ -368,19 +548,29 @@ fn begin(
     // Thawed whatever happened: also a freeze that seemed to fail may have come about.
     let thawed = connection.thaw(domain, settings.freeze_limit);
     let held = began.elapsed();
-    let is_thawed = thawed.is_ok() || {
-        *connection = connection.another()?;
-        thaw(&watch)
+    // A freeze without an answer may come about after a thaw; then thawing goes on until it cannot any more.
+    let is_answered = match &frozen {
+        Ok(_) => true,
+        Err(error) => error.code().is_some(),
     };
-    if is_thawed {
-        let _ = std::fs::remove_file(&watch.note);
-    }
+    let is_thawed = (is_answered && thawed.is_ok()) || thaw(&watch, is_answered, || false);
     let in_time = if is_thawed {
+        let _ = std::fs::remove_file(&watch.note);
         guard.dismiss()
     } else {
         drop(guard);
         false
     };
+    if !is_thawed {
+        return Err(LibvirtError::Lost(
+            "file systems of the guest may still be frozen and could not be thawed: thaw them in the guest \
+             (`fsfreeze -u`), or start it anew"
+                .to_owned(),
+        ));
+    }
+    if frozen.is_err() || thawed.is_err() {
+        *connection = connection.another()?;
+    }
     started?;
     let limit = settings.freeze_limit.as_secs_f32();
     Ok(match (frozen, thawed) {
@@ -416,7 +606,7 @@ pub(super) fn freeze(
     let text = connection.definition(&domain, false).map_err(|error| told(&error))?;
     let all = definition::disks(&machine.name, &text)?;
     let disks = chosen(machine, exclude, &text)?;
-    let words = Request::new(request.job, &disks, settings)?;
+    let words = Request::new(machine, request.job, &disks, settings);
     if let Some(job) = connection.backup(&domain).map_err(|error| told(&error))? {
         return Err(ProviderError::Locked {
             object: machine.name.clone(),
@@ -426,12 +616,32 @@ pub(super) fn freeze(
             ),
         });
     }
+    for file in &words.scratch {
+        let folder = around(file).display().to_string();
+        let free = free(file)
+            .map_err(|error| ProviderError::source(folder.clone(), "look at its free space", &error))?;
+        if free < 2 * RESERVE {
+            return Err(ProviderError::Unsupported {
+                object: machine.name.clone(),
+                reason: format!(
+                    "{folder} has {free} bytes free; a backup of a running machine begins with {} at least, because it keeps \
+                     there what the machine overwrites meanwhile",
+                    2 * RESERVE
+                ),
+            });
+        }
+    }
     let mut bases = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
         let since = request.since.get(number).and_then(Option::as_ref);
         bases.push(base_of(&mut connection, &domain, disk, since).map_err(|error| told(&error))?);
     }
     let checkpoint = words.checkpoint(machine, &all, &disks);
+    if let Err(error) = words.make_folders(&disks) {
+        remove(&words.files());
+        return Err(error);
+    }
+    let mut untracked: Option<String> = None;
     let still = begin(&mut connection, &domain, state, settings, |connection| {
         let backup = words.backup(&all, &disks, &bases);
         match connection.backup_begin(&domain, &backup, checkpoint.as_deref(), BEGIN) {
@@ -447,18 +657,45 @@ pub(super) fn freeze(
             }
             other => other,
         }
+        .or_else(|error| {
+            let LibvirtError::Refused { message, .. } = &error else { return Err(error) };
+            if checkpoint.is_none() {
+                return Err(error);
+            }
+            // A point without a checkpoint is better than none: the next one is compared in full.
+            untracked = Some(message.clone());
+            let backup = words.backup(&all, &disks, &bases);
+            connection.backup_begin(&domain, &backup, None, BEGIN)
+        })
     });
-    let still = match still {
+    let mut still = match still {
         Ok(still) => still,
         Err(error) => {
             // Begun or not: what carries our mark is taken away.
-            let job =
-                Running { connection: Mutex::new(connection), domain, files: words.files(), _claim: claim };
+            let job = Running {
+                connection: Mutex::new(connection),
+                domain,
+                files: words.files(),
+                watch: None,
+                _claim: claim,
+            };
             drop(job);
             return Err(told(&error));
         }
     };
-    let job = Running { connection: Mutex::new(connection), domain, files: words.files(), _claim: claim };
+    let watch = connection
+        .another()
+        .map(|another| Reserve::watch(another, domain.clone(), words.scratch.clone()))
+        .map_err(|error| told(&error));
+    let (watch, unwatched) = match watch {
+        Ok(watch) => (Some(watch), None),
+        Err(error) => (None, Some(error)),
+    };
+    let job =
+        Running { connection: Mutex::new(connection), domain, files: words.files(), watch, _claim: claim };
+    if let Some(error) = unwatched {
+        return Err(error);
+    }
 
     let mut frozen = Vec::new();
     for (disk, base) in disks.iter().zip(&bases) {
@@ -487,7 +724,7 @@ pub(super) fn freeze(
                 }
             },
         };
-        let mark = Request::is_tracked(disk).then(|| words.mark());
+        let mark = (Request::is_tracked(disk) && untracked.is_none()).then(|| words.mark());
         let size = block_io::BlockDevice::size(&export);
         let description = describe(disk, size, mark.as_deref());
         frozen.push(FrozenDisk { description, device: Arc::new(export), changed });
@@ -498,7 +735,14 @@ pub(super) fn freeze(
         provider: "libvirt".to_owned(),
         disks: frozen.iter().map(|disk| disk.description.clone()).collect(),
     };
-    forget_others(&job, machine, &words.mark(), &bases);
+    match &untracked {
+        None => forget_others(&job, machine, &words.mark(), &bases),
+        Some(message) => {
+            still
+                .evidence
+                .push_str(&format!("; no checkpoint could be made, so changes are not tracked: {message}"));
+        }
+    }
     Ok(LibvirtView {
         description,
         consistency: still.consistency,
@@ -522,7 +766,8 @@ fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Resu
     let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
     let Ok(checkpoints) = connection.checkpoints(&job.domain) else { return };
     // A run that reads everything is not told which one the newest point needs, and may yet fail.
-    if bases.iter().all(Result::is_err) && checkpoints.len() <= MOST_KEPT {
+    let ours = checkpoints.iter().filter(|checkpoint| checkpoint.0.starts_with(CHECKPOINT)).count();
+    if bases.iter().all(Result::is_err) && ours <= MOST_KEPT {
         return;
     }
     for checkpoint in checkpoints {
@@ -547,31 +792,17 @@ pub(super) struct Stopped {
 }
 
 impl Stopped {
-    pub(super) fn new(
-        inner: Box<dyn FrozenView>,
-        disks: &[Disk],
-        name: &str,
-        request: &FreezeRequest,
-    ) -> Stopped {
+    pub(super) fn new(inner: Box<dyn FrozenView>, disks: &[Disk], name: &str) -> Stopped {
         let mut frozen = Vec::new();
-        for (number, (found, disk)) in inner.disks().iter().zip(disks).enumerate() {
+        for (found, disk) in inner.disks().iter().zip(disks) {
             let mut description = describe(disk, found.description.size, None);
             description.sector = found.description.sector;
             description.chain = found.description.chain;
             for (name, value) in &found.description.properties {
                 description.properties.entry(name.clone()).or_insert_with(|| value.clone());
             }
-            // QEMU goes on writing to the bitmap of an older checkpoint when the machine starts again: what it lists
-            // then is all that changed since that one, and so all that changed since now.
-            let same = |since: &&DiskDescription| {
-                [TARGET, FILE, INODE]
-                    .iter()
-                    .all(|name| since.properties.get(*name) == description.properties.get(*name))
-            };
-            let since = request.since.get(number).and_then(Option::as_ref).filter(same);
-            if let Some(mark) = since.and_then(|since| since.properties.get(MARK)) {
-                description.properties.insert(MARK.to_owned(), mark.clone());
-            }
+            // No checkpoint is carried on from an older point: an image of then that was put back while the machine is off
+            // has that bitmap too, and it knows nothing of what was written in between.
             frozen.push(FrozenDisk {
                 description,
                 device: found.device.clone(),
