@@ -153,12 +153,14 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Op
     if *full_scan {
         return full("full scan", vec!["it was asked for".to_owned()]);
     }
+    let is_resized = known.size != view.size;
+    let resized =
+        is_resized.then(|| format!("disk {index} has {} bytes, the replica {}", view.size, known.size));
     if !lists.contains_key(&index) && view.tracked {
         // Where disks came or went the host knows better than their places do. A size that changed is not for its list: a map of
         // another size is not built upon in full.
-        if known.size != view.size {
-            let grown = format!("disk {index} has {} bytes, the replica {}", view.size, known.size);
-            return full("full scan", vec![grown]);
+        if let Some(resized) = resized {
+            return full("full scan", vec![resized]);
         }
         if let Some(doubt) = &replica.doubt {
             return full("full scan", vec![doubt.clone()]);
@@ -182,9 +184,8 @@ fn plan_disk(wish: &Wish, index: u32, view: &DiskView, disks: usize, replica: Op
     let Some(list) = lists.get(&index) else {
         return full("full scan", vec![format!("disk {index} has no list of changed extents")]);
     };
-    if known.size != view.size {
-        let grown = format!("disk {index} has {} bytes, the replica {}", view.size, known.size);
-        return full("full scan", vec![grown]);
+    if let Some(resized) = resized {
+        return full("full scan", vec![resized]);
     }
     if let Some(since) = since
         && *since != replica.point
