@@ -87,6 +87,15 @@ pub const CAMPAIGNS: &[Campaign] = &[
         share: 25,
         needs: None,
     },
+    // A hundred kills of the agent at random moments, each with a real guest on a real libvirt.
+    Campaign {
+        name: "KILL: agent of a libvirt host, kill -9 at random moments",
+        slice: None,
+        limit: FIVE_MINUTES,
+        night: "LIBVIRT_KILLS=50 SEED={seed} test -q --locked --workspace --test libvirt -- killed --nocapture",
+        share: 5,
+        needs: Some("/usr/sbin/libvirtd"),
+    },
     Campaign {
         name: "FSX: program, storage that cuts the power, fails, fills and lies",
         slice: Some("FSX_ACCIDENTS=100 SEED=2 test -q --locked --workspace --test fsx -- --nocapture"),

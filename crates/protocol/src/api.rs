@@ -399,6 +399,9 @@ pub struct RecoveryPoint {
     /// Why the job that made it read what it read.
     #[serde(default)]
     pub cause: String,
+    /// Why its view can be trusted as far as its consistency says.
+    #[serde(default)]
+    pub evidence: String,
 }
 
 /// A disk of a recovery point.

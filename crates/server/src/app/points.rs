@@ -195,6 +195,7 @@ impl App {
             verified_at: point.verified.map(Time),
             tested_at: None,
             cause: details.cause.to_string(),
+            evidence: details.evidence,
         }
     }
 
