@@ -104,12 +104,14 @@ impl Host {
         Host { libvirt: datasource::Libvirt::new(settings), ..self }
     }
 
-    /// The machines that the providers of this host know by themselves. A host without libvirt has none.
+    /// The machines that the hypervisor of this host knows.
     pub fn inventory(&self) -> Result<Vec<HostMachine>, Problem> {
         #[cfg(unix)]
-        if self.libvirt.is_there() {
-            return self.libvirt.inventory().map_err(Problem::from);
-        }
+        return match self.libvirt.is_there() {
+            true => self.libvirt.inventory().map_err(Problem::from),
+            false => Err(self.libvirt.absence().into()),
+        };
+        #[cfg(not(unix))]
         self.images.inventory().map_err(Problem::from)
     }
 

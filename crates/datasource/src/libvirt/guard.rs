@@ -11,6 +11,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use model::DatasourceId;
+
 use super::rpc::{Connection, LibvirtError};
 
 /// The hidden subcommand that carries a guard.
@@ -28,8 +30,8 @@ const IN_A_ROW: u32 = 6;
 pub struct Watch {
     /// libvirt's socket.
     pub socket: PathBuf,
-    /// The machine.
-    pub uuid: [u8; 16],
+    /// The machine, by its UUID.
+    pub machine: DatasourceId,
     /// How long file systems may be frozen.
     pub limit: Duration,
     /// The note that says that they may be frozen; taken away once they are thawed.
@@ -42,7 +44,7 @@ impl Watch {
         vec![
             SUBCOMMAND.into(),
             self.socket.clone().into(),
-            hex(&self.uuid).into(),
+            self.machine.to_string().into(),
             self.limit.as_millis().to_string().into(),
             self.note.clone().into(),
         ]
@@ -50,30 +52,14 @@ impl Watch {
 
     /// From the words after the subcommand.
     pub fn from_words(words: &[std::ffi::OsString]) -> Option<Watch> {
-        let [socket, uuid, limit, note] = words else { return None };
+        let [socket, machine, limit, note] = words else { return None };
         Some(Watch {
             socket: socket.into(),
-            uuid: unhex(uuid.to_str()?)?,
+            machine: machine.to_str()?.parse().ok()?,
             limit: Duration::from_millis(limit.to_str()?.parse().ok()?),
             note: note.into(),
         })
     }
-}
-
-/// 32 digits.
-pub(super) fn hex(bytes: &[u8; 16]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Option<[u8; 16]> {
-    let mut bytes = [0; 16];
-    if text.len() != 32 || !text.is_ascii() {
-        return None;
-    }
-    for (n, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(text.get(2 * n..2 * n + 2)?, 16).ok()?;
-    }
-    Some(bytes)
 }
 
 /// Stands guard until told to go; thaws at the limit or when the pipe ends. True if it had to.
@@ -99,7 +85,7 @@ pub(super) fn thaw(watch: &Watch, is_answered: bool, may_stop: impl Fn() -> bool
     let (mut is_thawed, mut in_a_row) = (false, 0);
     while began.elapsed() < LATE && !may_stop() {
         let thawed = Connection::open(&watch.socket).and_then(|mut connection| {
-            match connection.domain(&watch.uuid)? {
+            match connection.domain(&watch.machine.0)? {
                 // A machine that is gone or off has nothing frozen.
                 None => Ok(1),
                 Some(domain) if domain.id < 0 => Ok(1),
@@ -199,7 +185,7 @@ mod tests {
     fn a_watch_travels_as_words() {
         let watch = Watch {
             socket: "/run/libvirt/libvirt-sock".into(),
-            uuid: *b"0123456789abcdef",
+            machine: DatasourceId(*b"0123456789abcdef"),
             limit: Duration::from_millis(3000),
             note: "/run/stillpoint/frozen".into(),
         };
@@ -215,7 +201,7 @@ mod tests {
     fn a_guard_that_is_told_does_nothing() {
         let watch = Watch {
             socket: "/nonexistent".into(),
-            uuid: [0; 16],
+            machine: DatasourceId([0; 16]),
             limit: Duration::from_secs(60),
             note: "/nonexistent".into(),
         };

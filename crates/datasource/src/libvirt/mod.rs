@@ -12,14 +12,16 @@
 //!   same disk; in any doubt it is unknown what changed (INV-22). (must)
 //! - What is not named by our mark is never removed (INV-21). (must)
 
+mod claim;
 mod definition;
 pub mod guard;
 mod rpc;
+mod scratch;
+mod stopped;
 mod view;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::{DatasourceId, HostDisk, HostMachine, Power};
@@ -32,15 +34,14 @@ use crate::{
     FreezeRequest, FrozenView, ImageSource, ImagesSource, LibvirtSource, MachineDescription, MachineSpec,
     Provider, ProviderError, RecoveryTarget, Source, Swept, TargetRequest,
 };
+use claim::Claim;
 use rpc::{Connection, Domain, State};
-use view::{Claim, Found};
+use view::Found;
 
 /// Begins the name of every checkpoint of ours; the job's id follows.
 const CHECKPOINT: &str = "stillpoint-";
 /// Begins the description of every checkpoint of ours; the pool's and the datasource's id follow.
 const DESCRIPTION: &str = "stillpoint ";
-/// Begins the name of every folder with scratch files and a socket of ours; the job's id follows.
-const FILE_MARK: &str = ".stillpoint-";
 
 /// How the provider works.
 #[derive(Debug, Clone)]
@@ -73,13 +74,18 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// The note that says that a machine's file systems may be frozen.
+    fn frozen_note(&self, machine: DatasourceId) -> PathBuf {
+        self.notes.join(format!("frozen-{machine}"))
+    }
+}
+
 /// The provider of libvirt's machines.
 #[derive(Debug, Clone, Default)]
 pub struct Libvirt {
     settings: Settings,
     images: Images,
-    /// Machines of which a view is there.
-    claimed: Arc<Mutex<BTreeSet<[u8; 16]>>>,
 }
 
 /// What a failed call means.
@@ -148,7 +154,17 @@ fn listed(connection: &mut Connection, domain: &Domain) -> Result<HostMachine, L
 impl Libvirt {
     /// The provider over this host's daemon.
     pub fn new(settings: Settings) -> Libvirt {
-        Libvirt { settings, images: Images::new(), claimed: Arc::default() }
+        Libvirt { settings, images: Images::new() }
+    }
+
+    /// Why this host has no machines, if it has no daemon.
+    pub fn absence(&self) -> ProviderError {
+        ProviderError::Unsupported {
+            object: self.settings.socket.display().to_string(),
+            reason: "no hypervisor is known on this host: libvirt's socket is not there; start libvirtd, or name its socket \
+                     in STILLPOINT_LIBVIRT_SOCKET"
+                .to_owned(),
+        }
     }
 
     /// Whether this host has a daemon.
@@ -181,7 +197,8 @@ impl Libvirt {
         machine: &MachineSpec,
     ) -> Result<(Vec<definition::Disk>, MachineSpec), ProviderError> {
         let text = connection.definition(domain, true).map_err(|error| failed(&machine.name, &error))?;
-        let disks = view::chosen(machine, &source(machine)?.exclude, &text)?;
+        let disks =
+            view::chosen(machine, &source(machine)?.exclude, definition::disks(&machine.name, &text)?)?;
         let images = disks.iter().map(|disk| ImageSource {
             path: disk.file.clone().unwrap_or_default().into(),
             format: Some(disk.format.clone()),
@@ -194,15 +211,15 @@ impl Libvirt {
     fn sweep_machine(&self, machine: &MachineSpec, swept: &mut Swept) -> Result<(), ProviderError> {
         let told = |error: LibvirtError| failed(&machine.name, &error);
         // Held until the end, so that no view begins meanwhile.
-        let Some(_claim) = Claim::of(machine.id.0, &self.settings.notes, &self.claimed) else {
+        let Some(_claim) = Claim::of(machine, &self.settings.notes)? else {
             swept.in_use.push(machine.name.clone());
             return Ok(());
         };
         let watch = guard::Watch {
             socket: self.settings.socket.clone(),
-            uuid: machine.id.0,
+            machine: machine.id,
             limit: self.settings.freeze_limit,
-            note: self.settings.notes.join(format!("frozen-{}", guard::hex(&machine.id.0))),
+            note: self.settings.frozen_note(machine.id),
         };
         // Nobody else has a view, so the freeze is over or its maker is dead, and so may be his guard.
         if watch.note.exists() && guard::thaw(&watch, false, || !watch.note.exists()) {
@@ -217,16 +234,16 @@ impl Libvirt {
             let mut folders: BTreeSet<PathBuf> = images.map(Path::to_owned).collect();
             folders.extend(self.settings.scratch.clone());
             folders.insert("/var/tmp".into());
-            swept.removed.extend(view::remove_left(machine, &folders));
+            swept.removed.extend(scratch::remove_left(machine, &folders));
             return Ok(());
         };
         let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
-        let is_ours = |file: &PathBuf| file.parent().is_some_and(view::is_marked);
+        let is_ours = |file: &PathBuf| file.parent().is_some_and(scratch::is_marked);
         if files.is_empty() || !files.iter().all(is_ours) {
             return Ok(());
         }
         view::end(&mut connection, &domain).map_err(told)?;
-        view::remove(&files);
+        scratch::remove(&files);
         swept.removed.push(format!("a backup job of {}", machine.name));
         Ok(())
     }
@@ -261,7 +278,7 @@ impl Provider for Libvirt {
             .definition(&domain, state == State::Off)
             .map_err(|error| failed(&machine.name, &error))?;
         let mut disks = Vec::new();
-        for disk in view::chosen(machine, exclude, &text)? {
+        for disk in view::chosen(machine, exclude, definition::disks(&machine.name, &text)?)? {
             let info = connection
                 .block_info(&domain, &disk.target)
                 .map_err(|error| failed(&format!("{} disk {}", machine.name, disk.target), &error))?;
@@ -280,13 +297,11 @@ impl Provider for Libvirt {
         if found.state == State::Off {
             let (disks, images) = self.at_rest(&mut found.connection, &found.domain, machine)?;
             let inner = self.images.freeze(&images, request)?;
-            return Ok(Box::new(view::Stopped::new(inner, &disks, &found.domain.name)));
+            return Ok(Box::new(stopped::Stopped::new(inner, &disks, &found.domain.name)));
         }
-        let claim = Claim::of(found.domain.uuid, &self.settings.notes, &self.claimed).ok_or_else(|| {
-            ProviderError::Locked {
-                object: machine.name.clone(),
-                reason: "another job of it runs".to_owned(),
-            }
+        let claim = Claim::of(machine, &self.settings.notes)?.ok_or_else(|| ProviderError::Locked {
+            object: machine.name.clone(),
+            reason: "another job of it runs".to_owned(),
         })?;
         let settings = &self.settings;
         Ok(Box::new(view::freeze(found, machine, exclude, request, settings, claim)?))

@@ -1,19 +1,18 @@
 //! The view of a running machine: a backup job of libvirt, read over NBD.
 
-use std::collections::BTreeSet;
-use std::fs::{File, TryLockError};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::{Consistency, JobId};
+use model::{Consistency, DatasourceId, JobId};
 use nbd::{Address, Export, Options};
 
+use super::claim::Claim;
 use super::definition::{self, Disk};
 use super::guard::{Guard, Watch, thaw};
 use super::rpc::{Connection, Domain, LibvirtError, State};
-use super::{CHECKPOINT, DESCRIPTION, FILE_MARK, Settings, failed};
+use super::{CHECKPOINT, DESCRIPTION, Settings, failed, scratch};
 use crate::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
     MachineSpec, ProviderError, Source,
@@ -25,9 +24,6 @@ const RESTART: Duration = Duration::from_secs(30);
 const BEGIN: Duration = Duration::from_secs(60);
 /// Checkpoints that may gather while no run has a base.
 const MOST_KEPT: usize = 4;
-/// A socket's path has at most 107 bytes on Linux.
-const SOCKET_PATH: usize = 107;
-
 /// Names of properties of a disk's description.
 pub(super) const TARGET: &str = "target";
 pub(super) const FILE: &str = "file";
@@ -50,44 +46,12 @@ pub(super) struct Found {
     pub(super) state: State,
 }
 
-/// The one view of a machine that is there at a time, of all agents of this host.
-pub(super) struct Claim {
-    uuid: [u8; 16],
-    claimed: Arc<Mutex<BTreeSet<[u8; 16]>>>,
-    /// Locked as long as it is open; gone with the process.
-    _lock: Option<File>,
-}
-
-impl Claim {
-    /// Nothing if the machine has a view already.
-    pub(super) fn of(
-        uuid: [u8; 16],
-        notes: &Path,
-        claimed: &Arc<Mutex<BTreeSet<[u8; 16]>>>,
-    ) -> Option<Claim> {
-        // Where no file can be locked, the machines of this process are still told apart.
-        let _ = std::fs::create_dir_all(notes);
-        let lock = File::create(notes.join(format!("claim-{}", super::guard::hex(&uuid)))).ok();
-        if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
-            return None;
-        }
-        let is_new = claimed.lock().unwrap_or_else(PoisonError::into_inner).insert(uuid);
-        is_new.then(|| Claim { uuid, claimed: claimed.clone(), _lock: lock })
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.claimed.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.uuid);
-    }
-}
-
 /// A running backup job; dropping it ends the job, and with it export, socket and scratch files.
 struct Running {
     connection: Mutex<Connection>,
     domain: Domain,
     files: Vec<PathBuf>,
-    watch: Option<Reserve>,
+    watch: Option<scratch::Reserve>,
     _claim: Claim,
 }
 
@@ -130,7 +94,7 @@ impl Drop for Running {
         };
         // What a living job writes to stays where the next sweep finds it.
         if is_over {
-            remove(&self.files);
+            scratch::remove(&self.files);
         }
     }
 }
@@ -150,96 +114,6 @@ pub(super) fn end(connection: &mut Connection, domain: &Domain) -> Result<(), Li
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
-}
-
-/// Ends the job before its scratch space is full: QEMU would fail the guest's own writes then.
-struct Reserve {
-    stop: mpsc::Sender<()>,
-}
-
-/// Bytes that stay free where QEMU keeps what the machine overwrites.
-const RESERVE: u64 = 512 << 20;
-
-/// The folder that a job's own folder is in.
-fn around(file: &Path) -> &Path {
-    file.parent().and_then(Path::parent).unwrap_or(Path::new("/"))
-}
-
-/// Bytes free for a scratch file.
-fn free(file: &Path) -> std::io::Result<u64> {
-    let found = rustix::fs::statvfs(around(file))?;
-    Ok(found.f_bavail.saturating_mul(found.f_frsize))
-}
-
-impl Reserve {
-    fn watch(connection: Connection, domain: Domain, files: Vec<PathBuf>) -> Reserve {
-        let (stop, stopped) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut connection = connection;
-            while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
-                if files.iter().any(|file| free(file).is_ok_and(|free| free < RESERVE)) {
-                    if connection.abort_job(&domain).is_err()
-                        && let Ok(another) = connection.another()
-                    {
-                        connection = another;
-                        continue;
-                    }
-                    return;
-                }
-            }
-        });
-        Reserve { stop }
-    }
-}
-
-impl Drop for Reserve {
-    fn drop(&mut self) {
-        // A thread that ended by itself needs no word.
-        let _ = self.stop.send(());
-    }
-}
-
-/// Removes files of a job that is over; libvirt removed them already unless it died.
-pub(super) fn remove(files: &[PathBuf]) {
-    for file in files {
-        let _ = std::fs::remove_file(file);
-    }
-    for folder in files.iter().filter_map(|file| file.parent()) {
-        if is_marked(folder) {
-            // Only when nothing is in it any more.
-            let _ = std::fs::remove_dir(folder);
-        }
-    }
-}
-
-/// Begins the names of the folders of one machine. Short, because a socket's path must be.
-fn own_mark(machine: &MachineSpec) -> String {
-    format!("{FILE_MARK}{}-", machine.id.to_string().get(..8).unwrap_or_default())
-}
-
-/// Removes what killed jobs of a machine left in these folders. Nobody else may have a view of it.
-pub(super) fn remove_left(machine: &MachineSpec, folders: &BTreeSet<PathBuf>) -> Vec<String> {
-    let mark = own_mark(machine);
-    let mut removed = Vec::new();
-    for entry in folders.iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(&mark) {
-            continue;
-        }
-        let folder = entry.path();
-        let files: Vec<PathBuf> = std::fs::read_dir(&folder)
-            .map(|files| files.flatten().map(|file| file.path()).collect())
-            .unwrap_or_default();
-        remove(&files);
-        if std::fs::remove_dir(&folder).is_ok() || !folder.exists() {
-            removed.push(folder.display().to_string());
-        }
-    }
-    removed
-}
-
-/// Whether a folder is one of ours.
-pub(super) fn is_marked(folder: &Path) -> bool {
-    folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FILE_MARK))
 }
 
 impl FrozenView for LibvirtView {
@@ -278,9 +152,8 @@ impl FrozenView for LibvirtView {
 pub(super) fn chosen(
     machine: &MachineSpec,
     exclude: &[String],
-    text: &str,
+    mut disks: Vec<Disk>,
 ) -> Result<Vec<Disk>, ProviderError> {
-    let mut disks = definition::disks(&machine.name, text)?;
     disks.retain(|disk| !exclude.contains(&disk.target) && !disk.is_no_state);
     if let Some((disk, why)) = disks.iter().find_map(|disk| Some((disk, disk.unprotected.as_ref()?))) {
         return Err(ProviderError::Unsupported {
@@ -339,6 +212,9 @@ fn base_of(
     disk: &Disk,
     base: Option<&DiskDescription>,
 ) -> Result<Result<String, String>, LibvirtError> {
+    if !Request::is_tracked(disk) {
+        return Ok(Err(format!("QEMU keeps no list of changes in a {} image", disk.format)));
+    }
     let Some(base) = base else { return Ok(Err("the newest point does not say since when".to_owned())) };
     let known = |name: &str| base.properties.get(name).map(String::as_str);
     let Some(mark) = known(MARK) else { return Ok(Err("the newest point has no checkpoint".to_owned())) };
@@ -381,40 +257,17 @@ impl Request {
                 .or_else(|| file.parent().map(Path::to_owned))
                 .unwrap_or_else(|| "/".into())
         };
-        let own = format!("{}{job}", own_mark(machine));
+        let own = format!("{}{job}", scratch::own_mark(machine));
         let scratch: Vec<PathBuf> = disks
             .iter()
             .enumerate()
-            .map(|(number, disk)| folder(disk).join(&own).join(format!("{number}.qcow2")))
+            .map(|(number, disk)| folder(disk).join(&own).join(format!("{number}{}", scratch::SCRATCH)))
             .collect();
-        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join("nbd.sock"));
+        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join(scratch::SOCKET));
         let socket = near
-            .filter(|path| path.as_os_str().len() <= SOCKET_PATH)
-            .unwrap_or_else(|| Path::new("/var/tmp").join(&own).join("nbd.sock"));
+            .filter(|path| path.as_os_str().len() <= scratch::SOCKET_PATH)
+            .unwrap_or_else(|| Path::new("/var/tmp").join(&own).join(scratch::SOCKET));
         Request { job, socket, scratch }
-    }
-
-    /// Makes the folders that QEMU writes to: its user's, whom the running machine's image belongs to, and nobody else's.
-    fn make_folders(&self, disks: &[Disk]) -> Result<(), ProviderError> {
-        let image = disks.first().and_then(|disk| disk.file.as_deref()).unwrap_or("/");
-        let owner =
-            std::fs::metadata(image).map_err(|error| ProviderError::source(image, "look at it", &error))?;
-        for file in self.files() {
-            let Some(folder) = file.parent() else { continue };
-            let made = match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
-                made => made,
-            };
-            made.and_then(|()| std::os::unix::fs::chown(folder, Some(owner.uid()), Some(owner.gid())))
-                .map_err(|error| {
-                    ProviderError::source(
-                        folder.display().to_string(),
-                        "make a folder for scratch space",
-                        &error,
-                    )
-                })?;
-        }
-        Ok(())
     }
 
     fn files(&self) -> Vec<PathBuf> {
@@ -518,9 +371,9 @@ fn begin(
     }
     let watch = Watch {
         socket: settings.socket.clone(),
-        uuid: domain.uuid,
+        machine: DatasourceId(domain.uuid),
         limit: settings.freeze_limit,
-        note: settings.notes.join(format!("frozen-{}", super::guard::hex(&domain.uuid))),
+        note: settings.frozen_note(DatasourceId(domain.uuid)),
     };
     let noted = std::fs::create_dir_all(&settings.notes).and_then(|()| std::fs::write(&watch.note, b""));
     if let Err(error) = noted {
@@ -605,7 +458,7 @@ pub(super) fn freeze(
     let told = |error: &LibvirtError| failed(&machine.name, error);
     let text = connection.definition(&domain, false).map_err(|error| told(&error))?;
     let all = definition::disks(&machine.name, &text)?;
-    let disks = chosen(machine, exclude, &text)?;
+    let disks = chosen(machine, exclude, all.clone())?;
     let words = Request::new(machine, request.job, &disks, settings);
     if let Some(job) = connection.backup(&domain).map_err(|error| told(&error))? {
         return Err(ProviderError::Locked {
@@ -616,29 +469,18 @@ pub(super) fn freeze(
             ),
         });
     }
-    for file in &words.scratch {
-        let folder = around(file).display().to_string();
-        let free = free(file)
-            .map_err(|error| ProviderError::source(folder.clone(), "look at its free space", &error))?;
-        if free < 2 * RESERVE {
-            return Err(ProviderError::Unsupported {
-                object: machine.name.clone(),
-                reason: format!(
-                    "{folder} has {free} bytes free; a backup of a running machine begins with {} at least, because it keeps \
-                     there what the machine overwrites meanwhile",
-                    2 * RESERVE
-                ),
-            });
-        }
-    }
+    scratch::check_room(&machine.name, &words.scratch)?;
     let mut bases = Vec::new();
     for (number, disk) in disks.iter().enumerate() {
         let since = request.since.get(number).and_then(Option::as_ref);
         bases.push(base_of(&mut connection, &domain, disk, since).map_err(|error| told(&error))?);
     }
     let checkpoint = words.checkpoint(machine, &all, &disks);
-    if let Err(error) = words.make_folders(&disks) {
-        remove(&words.files());
+    if let Err(error) = scratch::make_folders(
+        &words.files(),
+        disks.first().and_then(|disk| disk.file.as_deref()).unwrap_or("/"),
+    ) {
+        scratch::remove(&words.files());
         return Err(error);
     }
     let mut untracked: Option<String> = None;
@@ -668,34 +510,18 @@ pub(super) fn freeze(
             connection.backup_begin(&domain, &backup, None, BEGIN)
         })
     });
-    let mut still = match still {
-        Ok(still) => still,
-        Err(error) => {
-            // Begun or not: what carries our mark is taken away.
-            let job = Running {
-                connection: Mutex::new(connection),
-                domain,
-                files: words.files(),
-                watch: None,
-                _claim: claim,
-            };
-            drop(job);
-            return Err(told(&error));
-        }
+    // From here on, begun or not, what carries our mark goes with the job.
+    let mut job = Running {
+        connection: Mutex::new(connection),
+        domain,
+        files: words.files(),
+        watch: None,
+        _claim: claim,
     };
-    let watch = connection
-        .another()
-        .map(|another| Reserve::watch(another, domain.clone(), words.scratch.clone()))
-        .map_err(|error| told(&error));
-    let (watch, unwatched) = match watch {
-        Ok(watch) => (Some(watch), None),
-        Err(error) => (None, Some(error)),
-    };
-    let job =
-        Running { connection: Mutex::new(connection), domain, files: words.files(), watch, _claim: claim };
-    if let Some(error) = unwatched {
-        return Err(error);
-    }
+    let mut still = still.map_err(|error| told(&error))?;
+    let another = job.connection.lock().unwrap_or_else(PoisonError::into_inner).another();
+    let another = another.map_err(|error| told(&error))?;
+    job.watch = Some(scratch::Reserve::watch(another, job.domain.clone(), words.scratch.clone()));
 
     let mut frozen = Vec::new();
     for (disk, base) in disks.iter().zip(&bases) {
@@ -760,8 +586,8 @@ fn description(machine: &MachineSpec) -> String {
     }
 }
 
-/// Removes our checkpoints of this machine but the one just made and the bases. libvirt folds what they tracked into the
-/// one before.
+/// Removes our checkpoints of this machine but the one just made and the bases. The bitmap of each goes on from its own moment,
+/// so none loses anything by it.
 fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Result<String, String>]) {
     let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
     let Ok(checkpoints) = connection.checkpoints(&job.domain) else { return };
@@ -779,64 +605,7 @@ fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Resu
         let Ok(Some(text)) = connection.checkpoint_definition(&job.domain, &checkpoint) else { continue };
         if definition::text(&text, &["description"]) == Some(description(machine)) {
             // One that cannot be removed now is tried again by the next run.
-            let _ = connection.delete_checkpoint(&job.domain, &checkpoint, false);
+            let _ = connection.delete_checkpoint(&job.domain, &checkpoint);
         }
-    }
-}
-
-/// The view of a stopped machine: its image files, under the names that its running self has.
-pub(super) struct Stopped {
-    inner: Box<dyn FrozenView>,
-    description: MachineDescription,
-    disks: Vec<FrozenDisk>,
-}
-
-impl Stopped {
-    pub(super) fn new(inner: Box<dyn FrozenView>, disks: &[Disk], name: &str) -> Stopped {
-        let mut frozen = Vec::new();
-        for (found, disk) in inner.disks().iter().zip(disks) {
-            let mut description = describe(disk, found.description.size, None);
-            description.sector = found.description.sector;
-            description.chain = found.description.chain;
-            for (name, value) in &found.description.properties {
-                description.properties.entry(name.clone()).or_insert_with(|| value.clone());
-            }
-            // No checkpoint is carried on from an older point: an image of then that was put back while the machine is off
-            // has that bitmap too, and it knows nothing of what was written in between.
-            frozen.push(FrozenDisk {
-                description,
-                device: found.device.clone(),
-                changed: Changed::Unknown { because: "the machine is off: its images were read".to_owned() },
-            });
-        }
-        let description = MachineDescription {
-            id: inner.description().id,
-            name: name.to_owned(),
-            provider: "libvirt".to_owned(),
-            disks: frozen.iter().map(|disk| disk.description.clone()).collect(),
-        };
-        Stopped { inner, description, disks: frozen }
-    }
-}
-
-impl FrozenView for Stopped {
-    fn description(&self) -> &MachineDescription {
-        &self.description
-    }
-
-    fn consistency(&self) -> Consistency {
-        self.inner.consistency()
-    }
-
-    fn method(&self) -> &FreezeMethod {
-        self.inner.method()
-    }
-
-    fn disks(&self) -> &[FrozenDisk] {
-        &self.disks
-    }
-
-    fn verify_unchanged(&self) -> Result<(), ProviderError> {
-        self.inner.verify_unchanged()
     }
 }

@@ -218,17 +218,14 @@ impl Connection {
         }
     }
 
-    /// Removes a checkpoint; what it tracked goes to the one before. With `metadata_only` libvirt forgets it and no bitmap is
-    /// touched.
+    /// Removes a checkpoint and its bitmaps; those of others go on.
     pub(in crate::libvirt) fn delete_checkpoint(
         &mut self,
         domain: &Domain,
         checkpoint: &Checkpoint,
-        metadata_only: bool,
     ) -> Result<(), LibvirtError> {
         let dom = put(domain).done();
-        let arguments =
-            Writer::new().string(&checkpoint.0).append(&dom).u32(if metadata_only { 2 } else { 0 });
+        let arguments = Writer::new().string(&checkpoint.0).append(&dom).u32(0);
         match self.call((REMOTE, 417, "removal of a checkpoint"), arguments, ANSWER) {
             Err(error) if error.code() == Some(LibvirtError::NO_CHECKPOINT) => Ok(()),
             other => other.map(drop),
@@ -325,7 +322,7 @@ mod tests {
         assert_eq!(connection.state(&domain).unwrap(), State::Running);
         assert_eq!(connection.block_info(&domain, "vda").unwrap().capacity, 512 << 20);
         assert_eq!(connection.freeze(&domain, ANSWER).unwrap(), 1);
-        connection.delete_checkpoint(&domain, &Checkpoint("ck1".to_owned()), false).unwrap();
+        connection.delete_checkpoint(&domain, &Checkpoint("ck1".to_owned())).unwrap();
         assert_eq!(connection.backup(&domain).unwrap(), None);
     }
 
