@@ -6,7 +6,7 @@ set -eu
 have() { command -v "$1" >/dev/null || [ -x "/usr/sbin/$1" ]; }
 is() { dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null | grep -q ^ii; }
 plain="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients iproute2 busybox-static cpio kmod lz4 xz-utils zstd
-  e2fsprogs fdisk python3 jq"
+  e2fsprogs fdisk python3"
 missing=; for p in $plain; do is "$p" || missing="$missing $p"; done
 [ -z "$missing" ] && have qemu-system-x86_64 && exit 0
 sudo=; [ "$(id -u)" = 0 ] || sudo=sudo

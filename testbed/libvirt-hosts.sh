@@ -4,7 +4,6 @@
 #   libvirt-hosts.sh start DIR a b ...        start hosts (default: a b)
 #   libvirt-hosts.sh exec DIR a virsh ...     run a command on host a (qemu:///system)
 #   libvirt-hosts.sh uri DIR a                its libvirt URI, for a client outside
-#   libvirt-hosts.sh xml DIR NAME DISK FMT    domain XML of the tiny guest (GUEST=dir of make-guest.sh)
 #   libvirt-hosts.sh stop DIR                 end everything it started
 # Every host sees DIR/HOST/images as /srv/local and DIR/shared as /srv/shared.
 set -eu
@@ -34,17 +33,6 @@ start)
     "$0" exec "$dir" "$h" virsh -q list >/dev/null || { cat "$dir/$h/out" >&2; exit 1; }; done;;
 exec) h=$1; shift; exec nsenter -t "$(cat "$dir/$h/ns.pid")" -m -n -u --wd="$PWD" "$@";;
 uri) echo "qemu+unix:///system?socket=$dir/$1/run/libvirt-sock";;
-xml) g=$(cd "${GUEST:-.}" && pwd); cat <<X
-<domain type='qemu'><name>$1</name><memory unit='MiB'>256</memory><vcpu>1</vcpu>
-<os><type arch='x86_64' machine='q35'>hvm</type><kernel>$g/vmlinux</kernel><initrd>$g/initrd</initrd>
-<cmdline>console=ttyS0 quiet panic=-1 ${APPEND:-}</cmdline></os><cpu mode='maximum'/><features><acpi/></features>
-<devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
-<disk type='file' device='disk'><driver name='qemu' type='$3' cache='none' discard='unmap'/><source file='$2'/><target dev='vda' bus='virtio'/></disk>
-<serial type='file'><source path='/var/log/libvirt/$1.serial'/></serial>
-<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
-<memballoon model='none'/></devices></domain>
-X
-;;
 stop)
   for f in "$dir"/*/ns.pid; do [ -e "$f" ] || continue; h=$(basename "$(dirname "$f")"); p=$(cat "$f"); s=$(ns "$h")
     kill -0 "$p" 2>/dev/null && for q in $(ip netns pids "$s" 2>/dev/null); do [ "$q" = "$p" ] || kill "$q" 2>/dev/null || true; done

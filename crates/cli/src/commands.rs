@@ -177,7 +177,7 @@ async fn host(room: &Room<'_>, command: &HostCommand) -> Result<ExitStatus, Prob
                     rows.extend(it.disks.iter().map(disk_row));
                 })
                 .await?;
-            output.table(&["NAME", "ID", "STATE", "GUEST AGENT", "PROTECTED", "DISK"], &rows);
+            output.table(&["NAME", "ID", "STATE", "GUEST AGENT", "DATASOURCE", "DISK"], &rows);
         }
         HostCommand::Token { count, valid } => {
             let made: TokenMade = client
@@ -216,7 +216,7 @@ fn machine_row(it: &ListedMachine) -> Vec<String> {
         it.id.to_string(),
         printable(&it.power),
         agent.to_owned(),
-        if it.is_datasource { "datasource" } else { "no" }.to_owned(),
+        if it.is_datasource { "yes" } else { "no" }.to_owned(),
         String::new(),
     ]
 }
@@ -458,7 +458,7 @@ fn show_point(output: &Output, it: &RecoveryPoint) {
     if output.json {
         return;
     }
-    for (name, text) in [("reason", &it.reason), ("cause", &it.cause)] {
+    for (name, text) in [("reason", &it.reason), ("cause", &it.cause), ("evidence", &it.evidence)] {
         if !text.is_empty() {
             output.text(&format!("  {name}: {}", printable(text)));
         }

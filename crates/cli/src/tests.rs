@@ -261,6 +261,30 @@ fn a_job_ends_with_its_line_and_status() {
 }
 
 #[test]
+fn machines_of_a_host_are_shown_with_what_keeps_them_from_being_protected() {
+    let disk = |name: &str, unprotected: Option<&str>| {
+        json!({"name": name, "storage": format!("/srv/{name}.qcow2"), "format": "qcow2", "bus": "virtio",
+            "bytes": 10_737_418_240_u64, "chain": 1, "unprotected": unprotected})
+    };
+    let machines = json!({"items": [
+        {"id": JOB, "name": "db1", "host": "kvm1", "provider": "libvirt", "power": "running", "guest_agent": true,
+            "is_datasource": true, "disks": [disk("vda", None), disk("vdb", Some("it is shared"))]},
+        {"id": JOB, "name": "web\u{1b}[2J", "provider": "libvirt", "power": "off", "is_datasource": false,
+            "disks": []},
+    ]});
+    let mut all = String::new();
+    for flags in ["--json", ""] {
+        let ran = ran(
+            &format!("--standalone d {flags} host machines kvm1"),
+            &[("GET /machines?host=kvm1&limit=10000", 200, machines.clone())],
+        );
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        all.push_str(&format!("--- {flags}\n{}", ran.out));
+    }
+    expect("host-machines.txt", &all);
+}
+
+#[test]
 fn lists_are_item_lines_and_tables() {
     let points = json!({"items": [point("verified"), point("damaged")]});
     let mut all = String::new();

@@ -197,7 +197,7 @@ impl App {
             .about(request.name.clone()));
         }
         let id = DatasourceId(self.pool().random_id().map_err(jobs::problem::pool)?);
-        let mut stored = StoredDatasource {
+        let stored = StoredDatasource {
             id,
             name: request.name.clone(),
             host,
@@ -207,21 +207,7 @@ impl App {
             disks: Vec::new(),
             removed: false,
         };
-        let view = self.parts.hosts.host(host)?.inspect(&stored.machine())?;
-        stored.disks = view
-            .disks
-            .iter()
-            .zip(0u32..)
-            .map(|(disk, index)| DatasourceDisk {
-                disk: index,
-                path: request.images.get(index as usize).cloned().unwrap_or_default(),
-                format: super::mapping::image_format(&disk.description),
-                bytes: disk.size,
-            })
-            .collect();
-        self.store_datasource(&stored)?;
-        self.parts.history.sync(self.pool())?;
-        Ok(self.api_datasource(&stored))
+        self.store_new(stored, request.images.iter().cloned())
     }
 
     /// Machines that a host knows by itself.
@@ -300,7 +286,7 @@ impl App {
             )
             .about(machine.name.clone()));
         }
-        let mut stored = StoredDatasource {
+        let stored = StoredDatasource {
             id: machine.id,
             name: machine.name.clone(),
             host,
@@ -310,19 +296,28 @@ impl App {
             disks: Vec::new(),
             removed: false,
         };
-        let view = self.parts.hosts.host(host)?.inspect(&stored.machine())?;
         let protected = machine
             .disks
             .iter()
             .filter(|disk| disk.unprotected.is_none() && !request.exclude.contains(&disk.name));
+        self.store_new(stored, protected.map(|disk| disk.storage.clone()))
+    }
+
+    /// Writes down a datasource whose host can see it; `paths` tells where its disks are, in their order.
+    fn store_new(
+        &self,
+        mut stored: StoredDatasource,
+        paths: impl Iterator<Item = String>,
+    ) -> Result<Datasource, Problem> {
+        let view = self.parts.hosts.host(stored.host)?.inspect(&stored.machine())?;
         stored.disks = view
             .disks
             .iter()
-            .zip(protected)
+            .zip(paths)
             .zip(0u32..)
-            .map(|((disk, listed), index)| DatasourceDisk {
+            .map(|((disk, path), index)| DatasourceDisk {
                 disk: index,
-                path: listed.storage.clone(),
+                path,
                 format: super::mapping::image_format(&disk.description),
                 bytes: disk.size,
             })

@@ -93,6 +93,27 @@ impl Host {
         finish(self.command(words).output().unwrap(), words)
     }
 
+    /// Runs the program where no libvirt is.
+    pub fn run_without(&self, words: &[&str]) -> Ran {
+        finish(
+            self.command(words).env("STILLPOINT_LIBVIRT_SOCKET", "/nonexistent/sock").output().unwrap(),
+            words,
+        )
+    }
+
+    /// Posts a guard over a freeze of a guest, as the agent does; its input is the pipe.
+    pub fn guard(&self, guest: &str, limit: Duration, note: &Path) -> Child {
+        let id = self.virsh(&["domuuid", guest]).trim().replace('-', "");
+        Command::new(env!("CARGO_BIN_EXE_stillpoint"))
+            .arg("__thaw-guard")
+            .arg(self.socket())
+            .args([id, limit.as_millis().to_string()])
+            .arg(note)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
     /// What must be done without a warning.
     #[track_caller]
     pub fn done(&self, words: &[&str]) -> Ran {

@@ -55,6 +55,14 @@ fn a_running_machine_is_protected_by_its_changes_and_each_point_boots() {
         assert!(listed > 0 && (read - run.figure("bytes_audited")) * 10 <= listed * 11, "{}", run.job());
         points.push(run.text("recovery_point").to_owned());
     }
+    // The point says itself why it is what it says, and how long the guest stood still for it.
+    for point in &points {
+        let shown = host.done(&["recovery-point", "show", point]).lines;
+        let evidence = shown[0]["evidence"].as_str().unwrap();
+        let millis = evidence.split(" ms").next().and_then(|text| text.rsplit(' ').next()).unwrap();
+        assert!(evidence.starts_with("the guest agent froze 1 file systems for "), "{evidence}");
+        assert!(millis.parse::<u64>().unwrap() < 3000, "{evidence}");
+    }
     assert_eq!(host.leftovers("g1"), Vec::<String>::new());
     // One for the newest point, one that it was made from.
     assert_eq!(host.checkpoints("g1").len(), 2);
@@ -118,6 +126,39 @@ fn a_running_machine_is_protected_by_its_changes_and_each_point_boots() {
     assert_eq!(host.done(&["check", "g1"]).figure("bytes_changed"), 0);
 }
 
+/// S32: nobody but the guard is there to thaw, and it does at its limit.
+#[test]
+fn a_guest_that_stays_frozen_is_thawed_at_the_limit() {
+    let hosts = Hosts::start(&["a"]);
+    let host = hosts.host("a");
+    host.define("g1", &host.disk("g1"), 0);
+    host.boot("g1");
+    let note = host.images().join("frozen");
+    std::fs::write(&note, b"").unwrap();
+    host.virsh(&["domfsfreeze", "g1"]);
+    let mut guard = host.guard("g1", Duration::from_secs(2), &note);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(host.is_frozen("g1"), "before the limit it is none of the guard's");
+    until(Duration::from_secs(5), "thawed", || !host.is_frozen("g1"));
+    assert!(guard.wait().unwrap().success());
+    assert!(!note.exists());
+
+    // A freeze of somebody else is taken as it is, and left as it is.
+    host.done(&["datasource", "add-machine", "g1", "--recovery-kit", &host.pool.kit.display().to_string()]);
+    host.virsh(&["domfsfreeze", "g1"]);
+    let run = host.done(&["protect", "g1"]);
+    assert_eq!(run.text("consistency"), "crash");
+    let shown = host.done(&["recovery-point", "show", run.text("recovery_point")]).lines;
+    assert_eq!(shown[0]["evidence"], "somebody else has the file systems frozen already");
+    assert!(host.is_frozen("g1"));
+    host.virsh(&["domfsthaw", "g1"]);
+
+    let told = host.run_without(&["host", "machines"]).error()["message"].as_str().unwrap().to_owned();
+    assert!(told.contains("no hypervisor") && told.contains("STILLPOINT_LIBVIRT_SOCKET"), "{told}");
+    let told = host.run_without(&["synchronize", "g1"]).error()["message"].as_str().unwrap().to_owned();
+    assert!(told.contains("/nonexistent/sock"), "{told}");
+}
+
 /// INV-21, S32: `LIBVIRT_KILLS` times at a random moment.
 #[test]
 fn a_killed_agent_leaves_no_guest_frozen_and_nothing_behind() {
@@ -151,4 +192,5 @@ fn a_killed_agent_leaves_no_guest_frozen_and_nothing_behind() {
     host.virsh(&["suspend", "g1"]);
     host.done(&["synchronize", "g1"]);
     assert_eq!(host.done(&["check", "g1"]).figure("bytes_changed"), 0);
+    println!("result: {kills} kills of an agent");
 }
