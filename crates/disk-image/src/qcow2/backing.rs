@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError};
 
-use super::{damaged, unsupported};
+use super::header::MAX_BACKING_NAME;
+use super::{Backing, cannot_hold, damaged, unsupported};
 use crate::{ImageError, ImageFormat, MAX_CHAIN, ParentReference, Parents};
 
 /// Magics of disk image formats at their offsets. A file with one of them is not taken for raw unless it is stated.
@@ -23,6 +24,34 @@ const MAGICS: [(usize, &[u8]); 10] = [
     (0, b"WithouFreSpacExt"),
     (64, &[0x7f, 0x10, 0xda, 0xbe]),
 ];
+
+/// What an overlay lies over: an image of any format that is never written.
+#[derive(Clone)]
+pub struct Base {
+    /// The name that the overlay's header gives for it. QEMU resolves a relative one in the overlay's folder, so only an
+    /// absolute one lets the overlay be moved.
+    pub name: String,
+    /// Its format. It is stated in the overlay, so that nobody has to guess it from bytes of a guest (INV-25).
+    pub format: ImageFormat,
+    /// The disk inside it, through its whole chain. Its bytes must stay as they are as long as the overlay is used.
+    pub disk: Arc<dyn BlockDevice>,
+}
+
+impl Base {
+    /// The reference to it as a header holds it.
+    pub(super) fn reference(&self) -> Result<Backing, ImageError> {
+        let cannot = |reason: &str| cannot_hold(format!("its backing file {:?} {reason}", self.name));
+        if self.name.is_empty() || self.name.len() as u64 > MAX_BACKING_NAME {
+            return Err(cannot(&format!("has a name not of 1 to {MAX_BACKING_NAME} bytes")));
+        }
+        if self.name.contains('\0') || plain_name(&self.name).ok() != Some(self.name.as_str()) {
+            return Err(cannot(
+                "has a name that would not be taken for that of a file; give an absolute path",
+            ));
+        }
+        Ok(Backing { name: self.name.clone(), format: Some(written_format(self.format).to_owned()) })
+    }
+}
 
 /// The layer below, as a device of its own size.
 pub(super) struct Below {
@@ -80,7 +109,7 @@ pub(super) struct BackingFile {
 
 /// Finds the backing file of an image that has `depth` images above it.
 pub(super) fn find(
-    backing: &super::Backing,
+    backing: &Backing,
     parents: &dyn Parents,
     depth: usize,
 ) -> Result<BackingFile, ImageError> {
@@ -122,6 +151,16 @@ fn stated_format(word: &str) -> Result<ImageFormat, ImageError> {
         "vpc" => Ok(ImageFormat::Vhd),
         "vhdx" => Ok(ImageFormat::Vhdx),
         other => Err(unsupported(format!("a backing file of format {other:?}"))),
+    }
+}
+
+/// The name that QEMU knows a format by.
+fn written_format(format: ImageFormat) -> &'static str {
+    match format {
+        ImageFormat::Raw => "raw",
+        ImageFormat::Qcow2 => "qcow2",
+        ImageFormat::Vhd => "vpc",
+        ImageFormat::Vhdx => "vhdx",
     }
 }
 

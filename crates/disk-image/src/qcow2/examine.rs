@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use block_io::{BlockDevice, ByteRange, DeviceError, GrowableFile};
 
+use super::backing::{Base, Below};
 use super::entry::{Cluster, Layout};
 use super::header::{CORRUPT, DIRTY, Header};
 use super::refcounts::{self, Refcounts};
 use super::writer::{State, Writer};
 use super::{MAX_REFCOUNT_TABLE_BYTES, damaged, unsupported};
-use crate::ImageError;
+use crate::{ImageError, ImageFormat};
 
 /// Most clusters of a file that is examined: a map of 128 MiB, and 64 TiB in clusters of 64 KiB.
 const MAX_CLUSTERS: u64 = 1 << 30;
@@ -92,12 +93,12 @@ impl Used {
     }
 }
 
-fn plain(header: &Header) -> Result<(), ImageError> {
+fn plain(header: &Header, base: Option<&Base>) -> Result<(), ImageError> {
     let refused = [
         (header.layout.version != 3, "version 2"),
         (header.layout.extended, "extended L2 entries"),
         (header.snapshots != 0, "internal snapshots"),
-        (header.backing.is_some(), "a backing file"),
+        (header.backing.is_some() && base.is_none(), "a backing file"),
         (header.refcount_order != refcounts::ORDER, "refcounts not of 16 bits"),
         (header.incompatible & DIRTY != 0, "the dirty bit (`qemu-img check -r all` clears it)"),
         (header.incompatible & CORRUPT != 0, "the corrupt bit (`qemu-img check -r all` clears it)"),
@@ -105,8 +106,33 @@ fn plain(header: &Header) -> Result<(), ImageError> {
     ];
     match refused.iter().find(|(present, _)| *present) {
         Some((_, what)) => Err(unsupported(format!("writing to an image with {what}"))),
-        None => Ok(()),
+        None => base.map_or(Ok(()), |base| lies_over(header, base)),
     }
+}
+
+/// An overlay over other bytes is another disk: its header must name this base, with its format.
+fn lies_over(header: &Header, base: &Base) -> Result<(), ImageError> {
+    let expected = base.reference()?;
+    if header.backing.as_ref() == Some(&expected) {
+        return Ok(());
+    }
+    let shown = |name: &str, format: Option<&str>| {
+        format!(
+            "{name:?} of {}",
+            format.map_or("no stated format".to_owned(), |format| format!("format {format:?}"))
+        )
+    };
+    let found = match &header.backing {
+        Some(found) => shown(&found.name, found.format.as_deref()),
+        None => "no backing file".to_owned(),
+    };
+    Err(ImageError::ParentMismatch {
+        format: ImageFormat::Qcow2,
+        reason: format!(
+            "its header names {found}, expected {}",
+            shown(&expected.name, expected.format.as_deref())
+        ),
+    })
 }
 
 fn numbers(file: &dyn BlockDevice, offset: u64, count: u64) -> Result<Vec<u64>, ImageError> {
@@ -119,15 +145,21 @@ impl Writer {
     /// Goes on with an image that a [`Writer`] began, or a plain one of version 3. Checks all its tables first, and
     /// gives back what a crash leaked.
     pub fn open(file: Arc<dyn GrowableFile>) -> Result<Writer, ImageError> {
-        Ok(Writer::going_on_from(examined(file)?))
+        Ok(Writer::going_on_from(examined(file, None)?))
+    }
+
+    /// The same with an overlay that [`Writer::create_overlay`] began over `base`. That the bytes of the base are still
+    /// those it was begun over is the caller's to know: only its name and format stand in the overlay.
+    pub fn open_overlay(file: Arc<dyn GrowableFile>, base: &Base) -> Result<Writer, ImageError> {
+        Ok(Writer::going_on_from(examined(file, Some(base))?))
     }
 }
 
 /// Checks the image in `file`, frees what leaked, and gives the state to go on from.
-fn examined(file: Arc<dyn GrowableFile>) -> Result<State, ImageError> {
+fn examined(file: Arc<dyn GrowableFile>, base: Option<&Base>) -> Result<State, ImageError> {
     let now = Now { size: file.len()?, file: file.clone() };
     let header = Header::read(&now)?;
-    plain(&header)?;
+    plain(&header, base)?;
     let layout = header.layout;
     let cluster_size = layout.cluster_size();
     let clusters = now.size.div_ceil(cluster_size);
@@ -197,6 +229,7 @@ fn examined(file: Arc<dyn GrowableFile>) -> Result<State, ImageError> {
             next: used.end,
         },
         wanted_refcount_table: 0,
+        base: base.map(|base| Below::new(base.disk.clone())),
         length,
         failed: false,
     })

@@ -12,7 +12,7 @@ const V2_LENGTH: u64 = 72;
 /// Least bytes of a version 3 header.
 const V3_LENGTH: u64 = 104;
 /// Longest name of a backing file.
-const MAX_BACKING_NAME: u64 = 1023;
+pub(super) const MAX_BACKING_NAME: u64 = 1023;
 /// Bytes of an entry of the feature name table.
 const FEATURE_NAME_ENTRY: usize = 48;
 
@@ -26,7 +26,7 @@ const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE |
 
 /// Types of header extensions.
 const EXTENSION_END: u32 = 0;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;

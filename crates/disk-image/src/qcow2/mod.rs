@@ -1,7 +1,8 @@
 //! qcow2, versions 2 and 3: QEMU's copy-on-write images, after QEMU `docs/interop/qcow2`.
 //!
 //! [`Reader`] shows the active state of an image, with its backing chain, as a [`BlockDevice`]. [`Writer`] fills a
-//! version 3 image and can go on with one after a crash. All numbers in the file are big-endian.
+//! version 3 image, alone or as an overlay of a [`Base`], and can go on with one after a crash. All numbers in the file
+//! are big-endian.
 //!
 //! | file | structure of the specification |
 //! |---|---|
@@ -9,7 +10,7 @@
 //! | `entry` | L1 and L2 table entries, Extended L2 Entries, addresses of a guest offset |
 //! | `tables` | reading tables through a bounded cache |
 //! | `compressed` | Compressed clusters: deflate, zstd |
-//! | `backing` | which file the backing file is, and of which format |
+//! | `backing` | which file the backing file is, and of which format; the base of an overlay |
 //! | `reader` | Cluster mapping, for reading |
 //! | `writer`, `refcounts`, `examine` | Host cluster management, and the order of writing |
 //!
@@ -55,6 +56,7 @@ use block_io::BlockDevice;
 
 use crate::{ImageError, ImageFormat};
 
+pub use backing::Base;
 pub use reader::Reader;
 pub use writer::{CreateOptions, Writer};
 

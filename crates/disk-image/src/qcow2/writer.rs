@@ -13,10 +13,18 @@
 //!
 //! Zeros: a cluster that was never written stays unallocated; one that was gets the zero flag and keeps its place.
 //!
-//! Refuses to go on with: versions other than 3, snapshots, backing files, compressed clusters, extended L2 entries,
-//! refcounts not of 16 bits, bitmaps and other auto-clear features, the dirty or the corrupt bit.
+//! Overlay: an image with a backing file, the [`Base`], which shows through where no cluster is allocated and is never
+//! written. A cluster that is written in part gets the rest of its bytes from the base, before it is referred to as any
+//! other; bytes past the end of the disk stay zeros, so that a disk that is made larger later does not show more of the
+//! base. Zeros over data of the base get the zero flag without a place, for nothing else hides what is below; where the
+//! base has none they stay unallocated.
 //!
-//! Memory: the L1 and the refcount table, and 16 MiB of L2 tables. One lock: calls from several threads take turns.
+//! Refuses to go on with: versions other than 3, snapshots, backing files other than the given base, compressed
+//! clusters, extended L2 entries, refcounts not of 16 bits, bitmaps and other auto-clear features, the dirty or the
+//! corrupt bit.
+//!
+//! Memory: the L1 and the refcount table, 16 MiB of L2 tables, two clusters. One lock: calls from several threads take
+//! turns.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
@@ -24,9 +32,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block_io::{BlockDevice, ByteRange, DeviceError, GrowableFile, WritableDevice};
 
+use super::backing::{Base, Below};
 use super::entry::{COPIED, Cluster, Layout, ZERO};
 use super::refcounts::{self, Plan, Refcounts};
-use super::{MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SIZE, cannot_hold, header};
+use super::{Backing, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES, MAX_SIZE, cannot_hold, header};
 use crate::ImageError;
 
 /// Name of the structure in errors.
@@ -37,6 +46,8 @@ const TABLE_MEMORY: u64 = 16 << 20;
 const PIECE: usize = 64 << 10;
 /// Bytes of the header written here: up to and with `compression_type`, padded.
 const HEADER_LENGTH: u32 = 112;
+/// Bytes of type and length of a header extension; the one that ends them has nothing else.
+const EXTENSION_HEAD: u64 = 8;
 
 /// What a new image is like.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +84,8 @@ pub(super) struct State {
     pub refcounts: Refcounts,
     /// Clusters to give to a refcount table that is made.
     pub wanted_refcount_table: u64,
+    /// What shows through where nothing is allocated.
+    pub base: Option<Below>,
     /// Bytes of the file.
     pub length: u64,
     /// A commit failed: what is on disk is not known any more (INV-5).
@@ -89,6 +102,16 @@ pub(super) struct Table {
     dirty: Option<Range<usize>>,
 }
 
+/// The header extensions and the name of a backing file, as they stand in the first cluster.
+fn parts_of(backing: &Backing) -> (Vec<u8>, &[u8]) {
+    let format = backing.format.as_deref().unwrap_or_default();
+    let mut extension = header::EXTENSION_BACKING_FORMAT.to_be_bytes().to_vec();
+    extension.extend_from_slice(&(format.len() as u32).to_be_bytes());
+    extension.extend_from_slice(format.as_bytes());
+    extension.resize(extension.len().next_multiple_of(8), 0);
+    (extension, backing.name.as_bytes())
+}
+
 fn widen(range: &mut Option<Range<usize>>, by: Range<usize>) {
     *range = Some(match range.take() {
         None => by,
@@ -99,6 +122,24 @@ fn widen(range: &mut Option<Range<usize>>, by: Range<usize>) {
 impl Writer {
     /// Makes an image of zeros in an empty `file`. It is durable when this returns.
     pub fn create(file: Arc<dyn GrowableFile>, options: CreateOptions) -> Result<Writer, ImageError> {
+        Writer::made(file, options, None)
+    }
+
+    /// Makes an overlay in an empty `file` that reads as `base`: cut off if that is larger, with zeros behind it if that
+    /// is smaller. It is durable when this returns.
+    pub fn create_overlay(
+        file: Arc<dyn GrowableFile>,
+        options: CreateOptions,
+        base: &Base,
+    ) -> Result<Writer, ImageError> {
+        Writer::made(file, options, Some(base))
+    }
+
+    fn made(
+        file: Arc<dyn GrowableFile>,
+        options: CreateOptions,
+        base: Option<&Base>,
+    ) -> Result<Writer, ImageError> {
         let CreateOptions { size, cluster_bits } = options;
         if !(9..=21).contains(&cluster_bits) {
             return Err(cannot_hold(format!("clusters of 2^{cluster_bits} bytes; 2^9 to 2^21 are possible")));
@@ -131,10 +172,21 @@ impl Writer {
             )));
         }
         let l1_offset = layout.cluster_size();
+        let backing = base.map(Base::reference).transpose()?;
+        let (extensions, name) = backing.as_ref().map(parts_of).unwrap_or_default();
+        let name_at = u64::from(HEADER_LENGTH) + extensions.len() as u64 + EXTENSION_HEAD;
+        if name_at + name.len() as u64 > layout.cluster_size() {
+            return Err(cannot_hold(format!(
+                "a backing file name of {} bytes does not fit in the first cluster of {}; use larger clusters",
+                name.len(),
+                layout.cluster_size()
+            )));
+        }
         let mut start = Vec::with_capacity(HEADER_LENGTH as usize);
         start.extend_from_slice(&header::MAGIC);
         start.extend_from_slice(&3u32.to_be_bytes());
-        start.extend_from_slice(&[0; 12]); // no backing file
+        start.extend_from_slice(&if name.is_empty() { 0 } else { name_at }.to_be_bytes());
+        start.extend_from_slice(&(name.len() as u32).to_be_bytes());
         start.extend_from_slice(&cluster_bits.to_be_bytes());
         start.extend_from_slice(&size.to_be_bytes());
         start.extend_from_slice(&0u32.to_be_bytes()); // not encrypted
@@ -145,7 +197,10 @@ impl Writer {
         start.extend_from_slice(&[0; 24]); // no features
         start.extend_from_slice(&refcounts::ORDER.to_be_bytes());
         start.extend_from_slice(&HEADER_LENGTH.to_be_bytes());
-        start.resize(HEADER_LENGTH as usize + 8, 0); // deflate; end of header extensions
+        start.resize(HEADER_LENGTH as usize, 0); // deflate
+        start.extend_from_slice(&extensions);
+        start.extend_from_slice(&[0; EXTENSION_HEAD as usize]); // end of header extensions
+        start.extend_from_slice(name);
         file.write_at(0, &start)?;
         let mut state = State {
             layout,
@@ -163,6 +218,7 @@ impl Writer {
                 next: 1 + l1_clusters,
             },
             wanted_refcount_table: wanted.min(most_table),
+            base: base.map(|base| Below::new(base.disk.clone())),
             length: start.len() as u64,
             failed: false,
         };
@@ -470,8 +526,19 @@ impl State {
                 }
                 _ => {
                     let clusters = (within + part.len() as u64).div_ceil(cluster_size);
+                    let start = at - within;
+                    let whole_end = start.saturating_add(clusters * cluster_size).min(layout.size);
+                    // Before a place is taken: a base that cannot be read must leave no leak.
+                    let before = self.shown_through(cluster, start..at)?;
+                    let behind = self.shown_through(cluster, end..whole_end)?;
                     let host = self.allocate(clusters)?;
+                    if let Some(before) = before {
+                        self.put(host, &before)?;
+                    }
                     self.put(host + within, part)?;
+                    if let Some(behind) = behind {
+                        self.put(host + within + part.len() as u64, &behind)?;
+                    }
                     self.grow(host + clusters * cluster_size)?;
                     self.set(
                         at,
@@ -482,6 +549,42 @@ impl State {
             (at, rest) = (end, after);
         }
         Ok(())
+    }
+
+    /// What a cluster has to keep of the base in `range` when it gets a place; `None` if that is zeros, as which every new
+    /// place reads.
+    fn shown_through(&self, cluster: Cluster, range: Range<u64>) -> Result<Option<Vec<u8>>, DeviceError> {
+        let Some(base) = self.base.as_ref().filter(|_| cluster == Cluster::Absent && !range.is_empty())
+        else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0u8; (range.end - range.start) as usize];
+        base.read(range.start, &mut bytes)?;
+        Ok(bytes.iter().any(|&byte| byte != 0).then_some(bytes))
+    }
+
+    /// Hides data of the base in `range`, where nothing is allocated and which lies in one L2 table. Gives the byte to go
+    /// on from.
+    fn hide(&mut self, range: Range<u64>) -> Result<u64, DeviceError> {
+        let layout = self.layout;
+        let cluster_size = layout.cluster_size();
+        let Some(base) = &self.base else { return Ok(range.end) };
+        let Some(found) = base.next_allocated(range.start)?.filter(|found| found.start < range.end) else {
+            return Ok(range.end);
+        };
+        // The cluster of the first data. Only whole clusters get the flag; what the range has of others is written.
+        let start = range.start.max(found.start / cluster_size * cluster_size);
+        let whole_end =
+            if range.end == layout.size { range.end } else { range.end / cluster_size * cluster_size };
+        if start.is_multiple_of(cluster_size) && start < whole_end {
+            let stop = found.end.div_ceil(cluster_size).saturating_mul(cluster_size).min(whole_end);
+            self.load(layout.l1_index(start) as usize, true)?;
+            self.set(start, std::iter::repeat_n(ZERO, (stop - start).div_ceil(cluster_size) as usize));
+            return Ok(stop);
+        }
+        let stop = range.end.min(layout.cluster_end(start));
+        self.write(start, &vec![0u8; (stop - start) as usize])?;
+        Ok(stop)
     }
 
     fn write_zeros(&mut self, range: ByteRange) -> Result<(), DeviceError> {
@@ -512,7 +615,7 @@ impl State {
                 at = whole;
                 continue;
             }
-            at = end;
+            at = if cluster == Cluster::Absent { self.hide(at..end)? } else { end };
         }
         Ok(())
     }
@@ -532,6 +635,7 @@ impl BlockDevice for Writer {
             let (part, after) = rest.split_at_mut((end - at) as usize);
             match cluster {
                 Cluster::Data { host } => state.file.read_at(host + at % self.layout.cluster_size(), part)?,
+                Cluster::Absent if let Some(base) = &state.base => base.read(at, part)?,
                 _ => part.fill(0),
             }
             (at, rest) = (end, after);
@@ -546,6 +650,13 @@ impl BlockDevice for Writer {
             let (cluster, end) = state.run(at, self.size())?;
             if matches!(cluster, Cluster::Data { .. }) {
                 return Ok(Some(ByteRange { start: at, end }));
+            }
+            if cluster == Cluster::Absent
+                && let Some(base) = &state.base
+                && let Some(found) = base.next_allocated(at)?
+                && found.start < end
+            {
+                return Ok(Some(ByteRange { start: found.start, end: found.end.min(end) }));
             }
             at = end;
         }

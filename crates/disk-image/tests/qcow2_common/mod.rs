@@ -7,7 +7,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block_io::{Allocated, FileDevice};
-use disk_image::{BlockDevice, ImageError, ImageFormat, ParentReference, Parents, qcow2::Reader};
+use disk_image::qcow2::{Base, Reader};
+use disk_image::{BlockDevice, ImageError, ImageFormat, ParentReference, Parents};
 use model::ByteRange;
 
 /// Runs a tool of QEMU in `folder`; its words are split at spaces. Gives its output and whether it succeeded.
@@ -40,6 +41,27 @@ pub fn io(folder: &Path, image: &str, commands: &[&str]) {
     assert!(good && !text.contains("failed"), "qemu-io {commands:?}: {text}");
 }
 
+/// `qemu-img check` of an image: it is clean, `leaks` allowed or not.
+pub fn check(folder: &Path, image: &str, leaks: bool) {
+    let (good, text) = tool("qemu-img", folder, &["check", "-f", "qcow2", image]);
+    let only_leaks = text.contains("leaked clusters were found") && !text.contains("errors were found");
+    assert!(good || leaks && only_leaks, "qemu-img check: {text}");
+}
+
+/// Allows the base of an overlay under its very name, and nothing else.
+pub struct Only(pub Option<Base>);
+
+impl Parents for Only {
+    fn open(
+        &self,
+        reference: &ParentReference,
+    ) -> Result<(Arc<dyn BlockDevice>, Arc<dyn Parents>), ImageError> {
+        let base = self.0.as_ref().unwrap();
+        assert_eq!((&reference.names, reference.format), (&vec![base.name.clone()], Some(base.format)));
+        Ok((base.disk.clone(), Arc::new(Only(None))))
+    }
+}
+
 /// Allows the files of one folder.
 pub struct Folder(pub PathBuf);
 
@@ -49,6 +71,7 @@ impl Parents for Folder {
         reference: &ParentReference,
     ) -> Result<(Arc<dyn BlockDevice>, Arc<dyn Parents>), ImageError> {
         let name = Path::new(&reference.names[0]);
+        let name = name.strip_prefix(&self.0).unwrap_or(name);
         if name.components().count() != 1 {
             return Err(ImageError::NotAllowed {
                 format: ImageFormat::Qcow2,
