@@ -443,6 +443,32 @@ impl Ingest {
         MapReader::new(self.nodes(), map)
     }
 
+    /// Stores a text as the content of a disk of as many bytes.
+    pub fn put_text(&self, index: u32, text: &[u8]) -> Result<NewDisk, PoolError> {
+        let mut nodes = self.nodes();
+        let mut editor = self.edit_map(None, text.len() as u64)?;
+        for (block, part) in (0..).zip(text.chunks(BLOCK)) {
+            let mut content = part.to_vec();
+            content.resize(BLOCK, 0);
+            if content.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let hash = *blake3::hash(&content).as_bytes();
+            let (codec, encoded) = frame::encode(3, &content);
+            let ids = self.put_blocks(codec == frame::ZSTD, &encoded, &[hash])?;
+            editor.set(block, ids.first().copied(), &mut nodes)?;
+        }
+        Ok(NewDisk {
+            index,
+            size: text.len() as u64,
+            sector: 512,
+            map: editor.finish(&mut nodes)?,
+            description: String::new(),
+            audit_next: 0,
+            full_compare: FullCompare::Now,
+        })
+    }
+
     /// Nodes as this job sees and makes them.
     pub fn nodes(&self) -> JobNodes {
         JobNodes(self.shared.clone())

@@ -89,6 +89,15 @@ impl PointDevice {
 }
 
 impl PointDevice {
+    /// Whether block `block` has this plain hash, or is all zeros if there is none. Only the map is looked
+    /// at, so it is known of content that cannot be read any more, too.
+    pub fn is_equal(&self, block: u64, hash: Option<&[u8; 32]>) -> Result<bool, DeviceError> {
+        let held = self.map.get(block).map_err(|error| self.damaged(block, error))?;
+        Ok(held == hash.map(|hash| self.keys.chunk_id(ChunkKind::Block, hash)))
+    }
+}
+
+impl PointDevice {
     /// These blocks will be read soon. A hint, which costs a look into map and index for each of them.
     pub fn will_read(&self, blocks: std::ops::Range<u64>) {
         self.pool.will_read(&self.keys, blocks.filter_map(|block| self.map.get(block).ok().flatten()));

@@ -35,6 +35,10 @@ pub struct PointDisk {
 /// Records missing from the end that are named one by one.
 const MOST_MISSING: usize = 4096;
 
+/// Index of what a point keeps of its machine beside the disks: definition, firmware variables. In everything that the pool does it is a disk
+/// like the others; it is none for people.
+pub const CONFIGURATION: u32 = u32::MAX;
+
 /// A recovery point as the pool keeps it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Point {
@@ -90,6 +94,16 @@ pub struct PointDetails {
 }
 
 impl Point {
+    /// The machine's disks, without its configuration.
+    pub fn machine_disks(&self) -> impl Iterator<Item = &PointDisk> {
+        self.disks.iter().filter(|disk| disk.index != CONFIGURATION)
+    }
+
+    /// The machine's configuration, if the point has it.
+    pub fn configuration(&self) -> Option<&PointDisk> {
+        self.disks.iter().find(|disk| disk.index == CONFIGURATION)
+    }
+
     /// The rest of its record, taken apart now. Nothing where it is no message, which no writer makes: such a record
     /// counts as unreadable when it is read, and only a bundle could still give it.
     pub fn details(&self) -> PointDetails {

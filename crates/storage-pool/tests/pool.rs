@@ -303,6 +303,42 @@ fn rot_in_a_pack_is_named_and_healed_by_the_next_backup() {
     assert_eq!(report.damaged_points, []);
 }
 
+/// What a recovery by difference asks of every block is answered by the map: content that is lost is still
+/// known.
+#[test]
+fn a_disk_knows_its_blocks_by_their_hashes_without_reading_them() {
+    let bench = Bench::new(7);
+    let pool = bench.writer().unwrap();
+    let content: BTreeMap<u64, u64> = (0..40).map(|n| (n * 3, n + 1)).collect();
+    let a = put(&pool, 1, None, SIZE, &content).unwrap();
+    drop(pool);
+    let packs: Vec<(String, usize)> = bench
+        .files
+        .snapshot()
+        .files()
+        .filter(|(name, _)| name.starts_with("packs/"))
+        .map(|(name, bytes)| (name.to_owned(), bytes.len()))
+        .collect();
+    let (pack, _) = packs.iter().max_by_key(|(_, length)| *length).unwrap();
+    for frame in 0..40 {
+        bench.files.flip_bit(pack, (64 + 32 + frame * 65_600) * 8).unwrap();
+    }
+    let device = bench.reader().unwrap().open_disk(a, 0).unwrap();
+    let hash = |number: u64| *blake3::hash(&block(number)).as_bytes();
+    let zeros = *blake3::hash(&[0; 65_536]).as_bytes();
+    let mut lost = 0;
+    for at in 0..device.size() / 65_536 {
+        let held = content.get(&at).copied();
+        lost += u64::from(device.read_hashed(at, &mut [0; 65_536]).is_err());
+        assert_eq!(device.is_equal(at, None).unwrap(), held.is_none(), "block {at}");
+        assert!(!device.is_equal(at, Some(&zeros)).unwrap(), "zeros have no name in a map");
+        for number in 1..=40 {
+            assert_eq!(device.is_equal(at, Some(&hash(number))).unwrap(), held == Some(number), "block {at}");
+        }
+    }
+    assert!(lost > 0);
+}
+
 #[test]
 fn a_damaged_run_is_made_again_and_said_so() {
     let bench = Bench::new(8);
