@@ -1,16 +1,18 @@
 //! The server's end of recovering: reads a recovery point and sends what the target lacks.
 //!
 //! ```text
-//! fresh target:     reader --> Frame, Frame ...            what frames leave out is zeros
-//! existing content: reader --> Announce --Wanted--> Frame  the target makes its own zeros
+//! existing content: Announce --> compared with the point --> what differs is read --> Keep | Zeros | Frame
+//! fresh target:     the same for one that holds zeros everywhere, without announcing them
 //! both:             <-- Written (everything below is done);  at the end: End --> Done --> Closed
 //! ```
 //!
-//! Blocks go out in ascending order. What was sent and not written is at most the window; after a cut the target
-//! says where it stands and the point is read again from there. The digest of the whole content grows as blocks
-//! are read for the first time, and the target computes its own from what it reads back.
+//! Only what differs is read and decoded, so damage to what the target has does not matter. Blocks go out in
+//! ascending order. What was sent and not written is at most the window; after a cut the target says where it
+//! stands and it goes on from there. The digest of the whole content grows as blocks are compared or read for
+//! the first time; the target computes its own.
 //!
-//! Damaged blocks fail the delivery, or, where damage is accepted, are left as zeros and listed exactly.
+//! Damaged blocks that the target lacks fail the delivery, or, where damage is accepted, are left as zeros
+//! and listed exactly.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -18,14 +20,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use block_io::{BlockDevice, DeviceError, Pace};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use model::{BLOCK_BYTES, ByteRange, RangeSet};
 
 use crate::digest::ContentDigest;
 use crate::frame::Packer;
 use crate::hasher::is_zero;
-use crate::message::{FromTarget, MAX_RUNS, Run, ToTarget};
-use crate::scan::{BatchData, Budget, Permit, READ_BLOCKS, push_run, walk};
+use crate::message::{FromTarget, MAX_OPEN_ANNOUNCEMENTS, Run, ToTarget};
+use crate::scan::{BatchData, Budget, Permit, READ_BLOCKS};
 use crate::steer::Order;
 use crate::{BLOCK, BlockHash, FRAME_BLOCKS, Figures, Link, LinkError, Progress, Steer, blocks_of};
 
@@ -36,7 +38,7 @@ pub struct DeliverySettings {
     pub window_bytes: u64,
     /// zstd level of frames; `None` sends plain, as fits a local network.
     pub compress: Option<i32>,
-    /// Whether the target reads everything back and compares.
+    /// Whether the target reads back what it wrote and compares the whole.
     pub verify: bool,
     /// Whether the target flushes at the end.
     pub sync: bool,
@@ -62,11 +64,12 @@ impl Default for DeliverySettings {
 /// What was delivered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeliveryReport {
-    /// Counted as for protect; `bytes_changed` are the blocks that the target lacked.
+    /// Counted as for protect; `bytes_read` is what was decoded, `bytes_changed` are the blocks that the
+    /// target lacked.
     pub figures: Figures,
     /// Bytes of the disk that could not be read and are zeros in the target.
     pub lost: RangeSet,
-    /// Whether the target read everything back and it was equal.
+    /// Whether the target proved all of it.
     pub verified: bool,
 }
 
@@ -152,31 +155,54 @@ pub trait PointDisk: BlockDevice {
     /// Fills `buf` with whole blocks from block `first` on and gives the hash of each, computed by this process from these very
     /// bytes: a store that proves what it reads has it already. The tail of the disk is padded with zeros.
     fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError>;
+    /// Whether block `block` has this hash, or is all zeros if there is none. Asked for every block that a
+    /// target has, so nothing is to be read for it; `Damaged` where it is not known what the block was.
+    fn is_equal(&self, block: u64, hash: Option<&BlockHash>) -> Result<bool, DeviceError>;
     /// These blocks will be read soon. A hint, which may do nothing.
     fn will_read(&self, _blocks: Range<u64>) {}
 }
 
 /// What the reader hands over, ascending and without a gap.
 enum Read {
-    Zeros { first: u64, blocks: u64 },
-    Lost { first: u64, range: ByteRange },
-    Data { first: u64, data: Blocks, permit: Permit },
-    Failed(DeviceError),
+    /// The target has it: `hashes` of each block, none for zeros.
+    Same {
+        first: u64,
+        blocks: u64,
+        hashes: Vec<BlockHash>,
+    },
+    /// Zeros where the target has something else.
+    Zeros {
+        first: u64,
+        blocks: u64,
+    },
+    Lost {
+        first: u64,
+        range: ByteRange,
+        over_zeros: bool,
+    },
+    Data {
+        first: u64,
+        data: Blocks,
+        permit: Permit,
+        over_zeros: bool,
+    },
+    /// The end of an announcement.
+    Compared,
+    Failed(Stop),
 }
 
 enum Event {
     Incoming(Result<FromTarget, LinkError>),
+    /// More was announced than may be.
+    Flood,
     Steered,
 }
 
-/// Blocks that were announced or sent and are not written.
+/// Blocks that were sent and are not written.
 struct Outstanding {
-    first: u64,
     end: u64,
-    /// Still needed until the target says which it wants.
-    data: BatchData,
-    /// The frames went out; false while the answer to an announcement is missing.
-    sent: bool,
+    /// Its memory counts until the target wrote it.
+    _data: BatchData,
 }
 
 impl<'a> Delivery<'a> {
@@ -208,6 +234,7 @@ impl<'a> Delivery<'a> {
     /// Serves one link until the target has everything, the link breaks, or the delivery fails for good.
     pub fn serve(&mut self, link: Arc<TargetLink>) -> Result<Delivered, DeliveryError> {
         let (events_in, events) = bounded(8192);
+        let (announced_in, announced) = bounded(MAX_OPEN_ANNOUNCEMENTS);
         let (steered, steered_events) = (Arc::clone(&link), events_in.clone());
         let watch = self.steer.watch(move |order| {
             if order == Order::Cancel {
@@ -224,12 +251,20 @@ impl<'a> Delivery<'a> {
                 loop {
                     let message = inbox.receive();
                     let last = message.is_err();
-                    if events_in.send(Event::Incoming(message)).is_err() || last {
+                    let event = match message {
+                        Ok(FromTarget::Announce { runs }) => match announced_in.try_send(runs) {
+                            // Nobody waits for them where everything was announced.
+                            Ok(()) | Err(TrySendError::Disconnected(_)) => continue,
+                            Err(TrySendError::Full(_)) => Event::Flood,
+                        },
+                        message => Event::Incoming(message),
+                    };
+                    if events_in.send(event).is_err() || last {
                         return;
                     }
                 }
             });
-            let result = self.run(scope, &*link, &events, &budget, &stop);
+            let result = self.run(scope, &*link, &events, announced, &budget, &stop);
             stop.store(true, Ordering::SeqCst);
             budget.wake();
             if let Err(Stop::Error(error)) = &result {
@@ -257,6 +292,7 @@ impl<'a> Delivery<'a> {
         scope: &'scope std::thread::Scope<'scope, '_>,
         link: &TargetLink,
         events: &Receiver<Event>,
+        announced: Receiver<Vec<Run>>,
         budget: &'scope Arc<Budget>,
         stop: &'scope AtomicBool,
     ) -> Result<(), Stop>
@@ -272,18 +308,16 @@ impl<'a> Delivery<'a> {
         if next > end {
             return broken(format!("it has {next} blocks, there are {end}"));
         }
-        // What this delivery never read is not in its digest: a target that knows more begins again.
-        let from = next.min(self.digest_to);
-        link.send(ToTarget::Begin { size, from, hashes_first: !fresh })?;
+        // What this delivery never saw is not in its digest: a target that knows more begins again.
+        let from = if next <= self.digest_to { next } else { 0 };
+        link.send(ToTarget::Begin { size, from })?;
 
-        let reads = start_reading(scope, self.point, from, budget, stop);
+        let announced = if fresh { zeros_announced(from, end) } else { announced };
+        let reads = start_reading(scope, self.point, from, announced, budget, stop);
         let mut sending = Sending {
             link,
-            fresh,
             packer: Packer::new(self.settings.compress),
             outstanding: VecDeque::new(),
-            runs: Vec::new(),
-            runs_first: from,
             at: from,
             after: from,
             written: from,
@@ -300,10 +334,7 @@ impl<'a> Delivery<'a> {
                     recv(source) -> read => {
                         match read {
                             Ok(read) => self.take(&mut sending, read)?,
-                            Err(_) => {
-                                reads = None;
-                                sending.flush_runs(BatchData::default())?;
-                            }
+                            Err(_) => reads = None,
                         }
                         continue;
                     },
@@ -312,8 +343,10 @@ impl<'a> Delivery<'a> {
                 None if reads.is_none() && sending.outstanding.is_empty() => break,
                 None => events.recv().map_err(|_| Stop::Cut)?,
             };
-            if let Event::Incoming(message) = event {
-                self.answer(&mut sending, message?)?;
+            match event {
+                Event::Steered => {}
+                Event::Flood => return broken("it announces more than may wait for an answer"),
+                Event::Incoming(message) => self.answer(&mut sending, message?)?,
             }
         }
         if sending.at != end || self.digest_to != end {
@@ -324,7 +357,7 @@ impl<'a> Delivery<'a> {
         link.send(ToTarget::End { digest, verify: self.settings.verify, sync: self.settings.sync })?;
         loop {
             match self.wait(events)? {
-                Event::Steered => {}
+                Event::Steered | Event::Flood => {}
                 Event::Incoming(message) => match message? {
                     FromTarget::Done { digest: found } if found == digest => break,
                     FromTarget::Done { .. } => return Err(Stop::Error(DeliveryError::NotVerified)),
@@ -349,7 +382,7 @@ impl<'a> Delivery<'a> {
 
     fn take(&mut self, sending: &mut Sending<'_>, read: Read) -> Result<(), Stop> {
         match read {
-            Read::Failed(error) => return Err(Stop::Error(error.into())),
+            Read::Failed(stop) => return Err(stop),
             Read::Lost { range, .. } if !self.settings.accept_damage => {
                 return Err(Stop::Error(DeliveryError::Device(DeviceError::Damaged {
                     object: "the recovery point".to_owned(),
@@ -358,59 +391,45 @@ impl<'a> Delivery<'a> {
                     reason: "the stored block cannot be read".to_owned(),
                 })));
             }
-            Read::Lost { first, range } => {
+            Read::Lost { first, range, over_zeros } => {
                 self.report.lost = self.report.lost.union(&RangeSet::from_ranges(vec![range]));
-                self.pass_zeros(sending, first, 1)?;
+                self.advance(sending, first + 1);
+                if !over_zeros {
+                    sending.zeros(first..first + 1)?;
+                }
             }
-            Read::Zeros { first, blocks } => self.pass_zeros(sending, first, blocks)?,
-            Read::Data { first, data, permit } => {
+            Read::Zeros { first, blocks } => {
+                self.advance(sending, first + blocks);
+                sending.zeros(first..first + blocks)?;
+            }
+            Read::Same { first, blocks, hashes } => {
+                let digest_to = self.digest_to;
+                for (block, hash) in (first..).zip(&hashes).filter(|(block, _)| *block >= digest_to) {
+                    self.digest.add(block, hash);
+                }
+                self.advance(sending, first + blocks);
+            }
+            Read::Compared => sending.keep()?,
+            Read::Data { first, data, permit, over_zeros } => {
                 let Blocks { bytes, hashes } = data;
-                let count = (bytes.len() / BLOCK) as u64;
+                let end = first + (bytes.len() / BLOCK) as u64;
                 self.report.figures.bytes_read += bytes.len() as u64;
                 let blocks = bytes.chunks_exact(BLOCK).zip(hashes);
                 let hashes = blocks.map(|(block, hash)| (!is_zero(block)).then_some(hash)).collect();
                 let mut held = BatchData::default();
                 let (digest, digest_to) = (&mut self.digest, self.digest_to);
-                let runs = &mut sending.runs;
                 held.add_hashed(first, bytes, hashes, permit, |block, hash| {
-                    let run = match hash {
-                        Some(hash) => {
-                            if block >= digest_to {
-                                digest.add(block, &hash);
-                            }
-                            Run::Data { first: block, hashes: vec![hash] }
-                        }
-                        None => Run::Zeros { first: block, blocks: 1 },
-                    };
-                    push_run(runs, run);
-                });
-                self.advance(sending, first + count);
-                if sending.fresh {
-                    sending.runs.clear();
-                    let all: Vec<u16> = (0..held.len() as u16).collect();
-                    self.send_blocks(sending, &held, &all)?;
-                    if held.len() > 0 {
-                        sending.outstanding.push_back(Outstanding {
-                            first,
-                            end: sending.after,
-                            data: held,
-                            sent: true,
-                        });
+                    if let Some(hash) = hash
+                        && block >= digest_to
+                    {
+                        digest.add(block, &hash);
                     }
-                } else {
-                    sending.flush_runs(held)?;
+                });
+                self.advance(sending, end);
+                self.send_blocks(sending, first..end, &held, over_zeros)?;
+                if let Some(last) = held.places.last() {
+                    sending.outstanding.push_back(Outstanding { end: last + 1, _data: held });
                 }
-            }
-        }
-        Ok(())
-    }
-
-    fn pass_zeros(&mut self, sending: &mut Sending<'_>, first: u64, blocks: u64) -> Result<(), Stop> {
-        self.advance(sending, first + blocks);
-        if !sending.fresh {
-            push_run(&mut sending.runs, Run::Zeros { first, blocks });
-            if sending.runs.len() >= MAX_RUNS / 2 {
-                sending.flush_runs(BatchData::default())?;
             }
         }
         Ok(())
@@ -422,19 +441,26 @@ impl<'a> Delivery<'a> {
         self.digest_to = self.digest_to.max(to);
     }
 
-    /// Packs and sends blocks of `data`, adjacent ones together.
+    /// Packs and sends the blocks of `range`, adjacent ones together; those that `data` leaves out are zeros.
     fn send_blocks(
         &mut self,
         sending: &mut Sending<'_>,
+        range: Range<u64>,
         data: &BatchData,
-        which: &[u16],
+        over_zeros: bool,
     ) -> Result<(), Stop> {
+        let all: Vec<u16> = (0..data.len() as u16).collect();
         let place = |index: u16| data.places.get(usize::from(index)).copied().unwrap_or_default();
-        let adjacent = which.chunk_by(|&one, &next| place(one) + 1 == place(next));
+        let adjacent = all.chunk_by(|&one, &next| place(one) + 1 == place(next));
+        let mut at = range.start;
         for group in adjacent.flat_map(|run| run.chunks(FRAME_BLOCKS)) {
             let Some(&lead) = group.first() else { continue };
             let first = place(lead);
             let end = first + group.len() as u64;
+            if !over_zeros {
+                sending.zeros(at..first)?;
+            }
+            at = end;
             let hashes: Vec<_> =
                 group.iter().filter_map(|&index| data.hashes.get(usize::from(index)).copied()).collect();
             let payload = sending.packer.pack(data.join(group), hashes.clone());
@@ -452,7 +478,7 @@ impl<'a> Delivery<'a> {
             sending.link.send(ToTarget::Frame { after: sending.after, first, hashes, payload })?;
             sending.after = end;
         }
-        Ok(())
+        if over_zeros { Ok(()) } else { sending.zeros(at..range.end) }
     }
 
     fn answer(&mut self, sending: &mut Sending<'_>, message: FromTarget) -> Result<(), Stop> {
@@ -468,37 +494,8 @@ impl<'a> Delivery<'a> {
                 sending.release();
                 Ok(())
             }
-            FromTarget::Wanted { first, blocks } => {
-                let Some(index) = sending.outstanding.iter().position(|waiting| !waiting.sent) else {
-                    return Ok(());
-                };
-                let Some(waiting) = sending.outstanding.get_mut(index) else { return Ok(()) };
-                if waiting.first > first {
-                    // An answer that comes twice.
-                    return Ok(());
-                }
-                if waiting.first < first {
-                    return Err(Stop::Cut);
-                }
-                if waiting.data.len() != blocks.len() {
-                    return broken(format!(
-                        "it answered for {} blocks from block {first}, announced were {}",
-                        blocks.len(),
-                        waiting.data.len()
-                    ));
-                }
-                waiting.sent = true;
-                let data = std::mem::take(&mut waiting.data);
-                let which: Vec<u16> = blocks.ones().map(|index| index as u16).collect();
-                self.send_blocks(sending, &data, &which)?;
-                // Its memory counts until the target wrote it.
-                if let Some(waiting) = sending.outstanding.get_mut(index) {
-                    waiting.data = data;
-                }
-                // An answer that was overtaken by the word that its blocks are done.
-                sending.release();
-                Ok(())
-            }
+            // Goes to the reader.
+            FromTarget::Announce { .. } => Ok(()),
         }
     }
 }
@@ -506,36 +503,76 @@ impl<'a> Delivery<'a> {
 /// The state of one link.
 struct Sending<'l> {
     link: &'l TargetLink,
-    fresh: bool,
     packer: Packer,
     outstanding: VecDeque<Outstanding>,
-    runs: Vec<Run>,
-    runs_first: u64,
+    /// Where the reader is.
     at: u64,
+    /// End of the message before.
     after: u64,
     /// The highest `next` that the target told.
     written: u64,
 }
 
 impl Sending<'_> {
-    /// Lets go of what is answered and written.
+    /// Lets go of what is written.
     fn release(&mut self) {
         let written = self.written;
-        while self.outstanding.front().is_some_and(|front| front.sent && front.end <= written) {
+        while self.outstanding.front().is_some_and(|front| front.end <= written) {
             self.outstanding.pop_front();
         }
     }
 
-    fn flush_runs(&mut self, data: BatchData) -> Result<(), Stop> {
-        if self.runs.is_empty() {
+    /// Has `blocks` made zeros.
+    fn zeros(&mut self, blocks: Range<u64>) -> Result<(), Stop> {
+        if blocks.is_empty() {
             return Ok(());
         }
-        let runs = std::mem::take(&mut self.runs);
-        let first = std::mem::replace(&mut self.runs_first, self.at);
-        self.link.send(ToTarget::Announce { runs })?;
-        self.outstanding.push_back(Outstanding { first, end: self.at, data, sent: false });
+        let count = blocks.end - blocks.start;
+        self.link.send(ToTarget::Zeros { after: self.after, first: blocks.start, blocks: count })?;
+        self.after = blocks.end;
         Ok(())
     }
+
+    /// Says that there is nothing more to change so far.
+    fn keep(&mut self) -> Result<(), Stop> {
+        if self.after < self.at {
+            self.link.send(ToTarget::Keep { after: self.after, end: self.at })?;
+            self.after = self.at;
+        }
+        Ok(())
+    }
+}
+
+/// The announcement of a fresh target, which need not make it.
+fn zeros_announced(from: u64, end: u64) -> Receiver<Vec<Run>> {
+    let (announced_in, announced) = bounded(1);
+    // The channel is empty.
+    let _ = announced_in.try_send(vec![Run::Zeros { first: from, blocks: end.saturating_sub(from) }]);
+    announced
+}
+
+/// Where an announcement ends that goes on at block `at` of `end`; `None` for one that comes again.
+fn announced_end(runs: &[Run], at: u64, end: u64) -> Result<Option<u64>, Stop> {
+    let ranges: Option<Vec<_>> = runs.iter().map(Run::blocks).collect();
+    let (first, last) = match ranges.as_deref() {
+        Some([first, .., last]) => (first.start, last.end),
+        Some([only]) => (only.start, only.end),
+        _ => return broken("an announcement of nothing"),
+    };
+    if last <= at {
+        return Ok(None);
+    }
+    if first > at {
+        return Err(Stop::Cut);
+    }
+    let contiguous = ranges
+        .iter()
+        .flatten()
+        .try_fold(at, |at, range| (range.start == at && range.start < range.end).then_some(range.end));
+    if contiguous != Some(last) || last > end {
+        return broken(format!("it announced blocks {first} to {last}, expected from {at} to at most {end}"));
+    }
+    Ok(Some(last))
 }
 
 /// Threads that read the point side by side: decoding is most of the work, and a store that must seek answers several
@@ -547,7 +584,13 @@ const READS_AHEAD: usize = 8;
 /// What the point is made of, in order; data is still being read.
 enum Queued {
     Now(Read),
-    Later { first: u64, count: u64, permit: Permit, reply: Receiver<Result<Blocks, DeviceError>> },
+    Later {
+        first: u64,
+        count: u64,
+        permit: Permit,
+        over_zeros: bool,
+        reply: Receiver<Result<Blocks, DeviceError>>,
+    },
 }
 
 /// One read of adjacent blocks.
@@ -568,11 +611,13 @@ fn read_blocks(point: &dyn PointDisk, first: u64, count: u64) -> Result<Blocks, 
     Ok(Blocks { bytes, hashes })
 }
 
-/// Starts the threads that read `point` from block `from` on and hand over what they find, in order.
+/// Starts the threads that compare what is announced from block `from` on with `point`, read what differs and
+/// hand over what they find, in order.
 fn start_reading<'scope>(
     scope: &'scope std::thread::Scope<'scope, '_>,
     point: &'scope dyn PointDisk,
     from: u64,
+    announced: Receiver<Vec<Run>>,
     budget: &'scope Arc<Budget>,
     stop: &'scope AtomicBool,
 ) -> Receiver<Read> {
@@ -591,7 +636,7 @@ fn start_reading<'scope>(
     }
     scope.spawn(move || in_order(point, &queued, &reads_in));
     let reader = PointReader { point, budget, stop, queue, tasks };
-    scope.spawn(move || reader.run(from));
+    scope.spawn(move || reader.run(from, &announced));
     reads
 }
 
@@ -600,21 +645,21 @@ fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>
     for item in queued {
         let read = match item {
             Queued::Now(read) => read,
-            Queued::Later { first, count, mut permit, reply } => match reply.recv() {
-                Ok(Ok(data)) => Read::Data { first, data, permit },
+            Queued::Later { first, count, mut permit, over_zeros, reply } => match reply.recv() {
+                Ok(Ok(data)) => Read::Data { first, data, permit, over_zeros },
                 Ok(Err(DeviceError::Damaged { .. })) => {
                     for block in first..first + count {
                         let read = match read_blocks(point, block, 1) {
                             Ok(data) => {
                                 let permit = permit.split(BLOCK_BYTES);
-                                Read::Data { first: block, data, permit }
+                                Read::Data { first: block, data, permit, over_zeros }
                             }
                             Err(DeviceError::Damaged { .. }) => {
                                 let start = block * BLOCK_BYTES;
                                 let end = (start + BLOCK_BYTES).min(point.size());
-                                Read::Lost { first: block, range: ByteRange { start, end } }
+                                Read::Lost { first: block, range: ByteRange { start, end }, over_zeros }
                             }
-                            Err(error) => Read::Failed(error),
+                            Err(error) => Read::Failed(Stop::Error(error.into())),
                         };
                         let failed = matches!(read, Read::Failed(_));
                         if out.send(read).is_err() || failed {
@@ -623,7 +668,7 @@ fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>
                     }
                     continue;
                 }
-                Ok(Err(error)) => Read::Failed(error),
+                Ok(Err(error)) => Read::Failed(Stop::Error(error.into())),
                 // The thread that was to read is gone, and the scope says why.
                 Err(_) => return,
             },
@@ -640,12 +685,32 @@ fn in_order(point: &dyn PointDisk, queued: &Receiver<Queued>, out: &Sender<Read>
 /// that is asked for one piece after the other answers each after its latency.
 const TOLD_AHEAD: u64 = (16 << 20) / BLOCK_BYTES;
 
+/// Announced zeros beyond so many blocks are passed over where the point has zeros, too; to look for its next
+/// data costs as much as to compare that many blocks, or more.
+const PASSED_OVER: u64 = 64;
+
 /// What comes next. Storage has been told of it, unless the reading threads waited for it.
 #[derive(Default)]
 struct Ahead {
-    /// Blocks, and whether they may hold data.
-    pieces: VecDeque<(Range<u64>, bool)>,
+    parts: VecDeque<Part>,
+    /// Blocks that are still to be read.
     data: u64,
+}
+
+enum Part {
+    Now(Read),
+    Data { blocks: Range<u64>, over_zeros: bool },
+}
+
+/// What a block of the point is to a target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Compared {
+    /// What it has.
+    Same,
+    /// Zeros, which it has not.
+    Zeros,
+    /// To be read.
+    Other,
 }
 
 struct PointReader<'s> {
@@ -658,71 +723,144 @@ struct PointReader<'s> {
 
 /// The reasons to end early.
 enum ReadStop {
-    Device(DeviceError),
+    Failed(Stop),
     Gone,
+}
+
+impl From<Stop> for ReadStop {
+    fn from(stop: Stop) -> ReadStop {
+        ReadStop::Failed(stop)
+    }
 }
 
 impl From<DeviceError> for ReadStop {
     fn from(error: DeviceError) -> ReadStop {
-        ReadStop::Device(error)
+        ReadStop::Failed(Stop::Error(error.into()))
     }
 }
 
 impl PointReader<'_> {
-    fn run(&self, from: u64) {
-        let result = self.read_from(from);
-        if let Err(ReadStop::Device(error)) = result {
+    fn run(&self, from: u64, announced: &Receiver<Vec<Run>>) {
+        let mut ahead = Ahead::default();
+        let result = self.read_from(from, announced, &mut ahead);
+        let caught_up = self.catch_up(&mut ahead, 0);
+        if let (Err(ReadStop::Failed(stop)), Ok(())) = (result, caught_up) {
             // If nobody listens, nobody asks why.
-            let _ = self.queue.send(Queued::Now(Read::Failed(error)));
+            let _ = self.queue.send(Queued::Now(Read::Failed(stop)));
         }
     }
 
-    fn read_from(&self, from: u64) -> Result<(), ReadStop> {
+    fn read_from(
+        &self,
+        from: u64,
+        announced: &Receiver<Vec<Run>>,
+        ahead: &mut Ahead,
+    ) -> Result<(), ReadStop> {
         let end = blocks_of(self.point.size());
         let mut at = from;
-        let mut ahead = Ahead::default();
-        loop {
-            let start = at;
-            let result = walk(self.point, start..end, |run, data| {
-                at = run.end;
-                self.tell(&mut ahead, run, data)
-            });
-            match result {
-                // Where even the map of holes is damaged: read on block by block, all of it counts as data.
-                Err(ReadStop::Device(DeviceError::Damaged { .. })) if start < end => {
-                    let stop = (at + READ_BLOCKS).min(end);
-                    self.tell(&mut ahead, at..stop, true)?;
-                    at = stop;
+        while at < end {
+            let runs = match announced.try_recv() {
+                Ok(runs) => runs,
+                Err(_) => {
+                    // The target may be waiting for an answer to what is ahead.
+                    self.catch_up(ahead, 0)?;
+                    announced.recv().map_err(|_| ReadStop::Gone)?
                 }
-                Ok(()) => at = end,
-                Err(stop) => {
-                    self.catch_up(&mut ahead, 0)?;
-                    return Err(stop);
-                }
+            };
+            let Some(to) = announced_end(&runs, at, end)? else { continue };
+            for run in &runs {
+                self.compare(ahead, run)?;
             }
-            if at >= end {
-                return self.catch_up(&mut ahead, 0);
+            ahead.parts.push_back(Part::Now(Read::Compared));
+            at = to;
+        }
+        Ok(())
+    }
+
+    /// Finds what differs from what the target says it has.
+    fn compare(&self, ahead: &mut Ahead, run: &Run) -> Result<(), ReadStop> {
+        let (first, end, hashes) = match run {
+            Run::Data { first, hashes } => (*first, first + hashes.len() as u64, Some(hashes)),
+            Run::Zeros { first, blocks } => (*first, first + blocks, None),
+        };
+        let hash = |block: u64| hashes.and_then(|hashes| hashes.get((block - first) as usize));
+        let (mut at, mut alike, mut kind) = (first, first..first, Compared::Same);
+        while at < end {
+            let found = self.compare_block(at, hash(at))?;
+            // Reads end at multiples of 1 MiB, so that frames of adjacent blocks lie in one buffer.
+            if found != kind || (kind == Compared::Other && at % READ_BLOCKS == 0) {
+                self.compared(ahead, run, std::mem::replace(&mut alike, at..at), kind)?;
+                kind = found;
             }
+            at += 1;
+            if found == Compared::Same && hashes.is_none() && end - at > PASSED_OVER {
+                at = self.next_data(at)?.min(end);
+            }
+            alike.end = at;
+        }
+        self.compared(ahead, run, alike, kind)
+    }
+
+    fn compare_block(&self, block: u64, hash: Option<&BlockHash>) -> Result<Compared, DeviceError> {
+        let is_equal = |hash| match self.point.is_equal(block, hash) {
+            // What it was is lost with its place in the map, which whoever reads it finds.
+            Err(DeviceError::Damaged { .. }) => Ok(false),
+            known => known,
+        };
+        Ok(match is_equal(hash)? {
+            true => Compared::Same,
+            false if hash.is_some() && is_equal(None)? => Compared::Zeros,
+            false => Compared::Other,
+        })
+    }
+
+    /// The first block from `at` on that may hold data.
+    fn next_data(&self, at: u64) -> Result<u64, DeviceError> {
+        match self.point.next_allocated(at.saturating_mul(BLOCK_BYTES)) {
+            Ok(None) => Ok(u64::MAX),
+            Ok(Some(range)) => Ok((range.start / BLOCK_BYTES).max(at)),
+            // Even the map of holes is damaged: block by block.
+            Err(DeviceError::Damaged { .. }) => Ok(at),
+            Err(error) => Err(error),
         }
     }
 
-    /// Tells storage of `blocks` and puts them behind what is told already; reads what is far enough in front.
-    fn tell(&self, ahead: &mut Ahead, blocks: Range<u64>, data: bool) -> Result<(), ReadStop> {
-        if !data {
-            ahead.pieces.push_back((blocks, false));
+    /// Puts blocks that are all alike behind what is there already; tells storage of those to be read, and
+    /// reads what is far enough in front.
+    fn compared(
+        &self,
+        ahead: &mut Ahead,
+        run: &Run,
+        blocks: Range<u64>,
+        kind: Compared,
+    ) -> Result<(), ReadStop> {
+        if blocks.is_empty() {
             return Ok(());
         }
-        let mut at = blocks.start;
-        while at < blocks.end {
-            let end = ((at / READ_BLOCKS + 1) * READ_BLOCKS).min(blocks.end);
-            // Threads that have nothing to do get this at once, and storage hears of it from them.
-            if !self.tasks.is_empty() {
-                self.point.will_read(at..end);
+        let (first, count) = (blocks.start, blocks.end - blocks.start);
+        match kind {
+            Compared::Same => {
+                let hashes = match run {
+                    Run::Data { first: start, hashes } => {
+                        hashes.iter().skip((first - start) as usize).take(count as usize).copied().collect()
+                    }
+                    Run::Zeros { .. } => Vec::new(),
+                };
+                ahead.parts.push_back(Part::Now(Read::Same { first, blocks: count, hashes }));
             }
-            ahead.pieces.push_back((at..end, true));
-            ahead.data += end - at;
-            self.catch_up(ahead, TOLD_AHEAD)?;
-            at = end;
+            Compared::Zeros => {
+                ahead.parts.push_back(Part::Now(Read::Zeros { first, blocks: count }));
+            }
+            Compared::Other => {
+                // Threads that have nothing to do get this at once, and storage hears of it from them.
+                if !self.tasks.is_empty() {
+                    self.point.will_read(blocks.clone());
+                }
+                let over_zeros = matches!(run, Run::Zeros { .. });
+                ahead.parts.push_back(Part::Data { blocks, over_zeros });
+                ahead.data += count;
+                self.catch_up(ahead, TOLD_AHEAD)?;
+            }
         }
         Ok(())
     }
@@ -730,13 +868,13 @@ impl PointReader<'_> {
     /// Reads until no more than `left` blocks of data are ahead, and what keeps the reading threads busy.
     fn catch_up(&self, ahead: &mut Ahead, left: u64) -> Result<(), ReadStop> {
         while left == 0 || ahead.data > left || self.tasks.is_empty() {
-            let Some((blocks, data)) = ahead.pieces.pop_front() else { break };
-            if data {
-                ahead.data -= blocks.end - blocks.start;
-                self.data(blocks)?;
-            } else {
-                let blocks = Read::Zeros { first: blocks.start, blocks: blocks.end - blocks.start };
-                self.send(Queued::Now(blocks))?;
+            match ahead.parts.pop_front() {
+                None => break,
+                Some(Part::Now(read)) => self.send(Queued::Now(read))?,
+                Some(Part::Data { blocks, over_zeros }) => {
+                    ahead.data -= blocks.end - blocks.start;
+                    self.data(blocks, over_zeros)?;
+                }
             }
         }
         Ok(())
@@ -746,11 +884,11 @@ impl PointReader<'_> {
         self.queue.send(item).map_err(|_| ReadStop::Gone)
     }
 
-    fn data(&self, blocks: Range<u64>) -> Result<(), ReadStop> {
+    fn data(&self, blocks: Range<u64>, over_zeros: bool) -> Result<(), ReadStop> {
         let (first, count) = (blocks.start, blocks.end - blocks.start);
         let permit = self.budget.take(count * BLOCK_BYTES, self.stop).ok_or(ReadStop::Gone)?;
         let (reply, answer) = bounded(1);
         self.tasks.send(Task { first, count, reply }).map_err(|_| ReadStop::Gone)?;
-        self.send(Queued::Later { first, count, permit, reply: answer })
+        self.send(Queued::Later { first, count, permit, over_zeros, reply: answer })
     }
 }

@@ -26,19 +26,31 @@ pub(crate) fn digest_runs(digest: &mut blake3::Hasher, disk: u32, runs: &[Run]) 
     }
 }
 
-/// The digest of a disk's content: every block that is not all zeros, with its index, ascending. It depends on
-/// nothing but content, so a hole and a block of zeros are the same.
+/// The digest of a disk's content: every block that is not all zeros, with its index. It depends on nothing
+/// but content, so a hole and a block of zeros are the same, and so is the order in which blocks are proved:
+/// a target has those that it kept long before it can read back what it wrote.
+///
+/// A sum guards against accidents, not against a peer that means ill: that one could repeat the digest it is
+/// told.
 #[derive(Clone, Default)]
-pub(crate) struct ContentDigest(blake3::Hasher);
+pub(crate) struct ContentDigest([u64; 4]);
 
 impl ContentDigest {
+    /// Adds a block, which must be added once.
     pub(crate) fn add(&mut self, block: u64, hash: &BlockHash) {
-        self.0.update(&block.to_le_bytes());
-        self.0.update(&hash.0);
+        let mut one = blake3::Hasher::new();
+        one.update(&block.to_le_bytes());
+        one.update(&hash.0);
+        for (sum, word) in self.0.iter_mut().zip(one.finalize().as_bytes().as_chunks::<8>().0) {
+            *sum = sum.wrapping_add(u64::from_le_bytes(*word));
+        }
     }
 
     pub(crate) fn finish(&self, size: u64) -> [u8; 32] {
-        let mut last = self.0.clone();
+        let mut last = blake3::Hasher::new();
+        for sum in self.0 {
+            last.update(&sum.to_le_bytes());
+        }
         last.update(&size.to_le_bytes());
         *last.finalize().as_bytes()
     }

@@ -4,7 +4,8 @@
 //! protect:  Sender (agent)  --hashes-->  Reception (server) --which of these?--> Store (the pool, behind a trait)
 //!                           <--wanted--
 //!                           --frames-->  decoded, hashed, compared with what was announced, then stored
-//! recover:  Delivery (server) --[hashes, wanted,] frames-->  Target (agent): written, read again, compared
+//! recover:  Target (agent)  --hashes-->  Delivery (server) --equal to the point's?--> PointDisk (the pool)
+//!                           <--frames--  written, read again, compared
 //! ```
 //!
 //! Refuses to know: sockets, the pool, providers, clocks. A [`Link`] carries messages, whatever it is made of; a

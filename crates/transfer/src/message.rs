@@ -20,14 +20,15 @@
 //! | | 5 | FullCompare | disk u32, reason text |
 //! | | 6 | Finished | |
 //! | | 7 | Refused | reason text |
-//! | to target | 1 | Begin | size u64, from u64, hashes_first bool |
-//! | | 2 | Announce | list of runs |
+//! | to target | 1 | Begin | size u64, from u64 |
+//! | | 2 | Keep | after u64, end u64 |
 //! | | 3 | Frame | after u64, first u64, hashes: list of 32 bytes, payload |
 //! | | 4 | End | digest 32 bytes, verify bool, sync bool |
 //! | | 5 | Closed | |
 //! | | 6 | Refused | reason text |
+//! | | 7 | Zeros | after u64, first u64, blocks u64 |
 //! | from target | 1 | Hello | size u64, next u64, fresh bool |
-//! | | 2 | Wanted | first u64, bitmap |
+//! | | 2 | Announce | list of runs |
 //! | | 3 | Written | next u64 |
 //! | | 4 | Done | digest 32 bytes |
 //! | | 5 | Abort | reason text |
@@ -55,6 +56,8 @@ pub const MAX_RUNS: usize = 1024;
 pub const MAX_BATCH_BLOCKS: usize = 1024;
 /// Most batches that may be announced and not received at a time.
 pub const MAX_OPEN_BATCHES: usize = 512;
+/// Most announcements of a target that the server keeps until it comes to them.
+pub const MAX_OPEN_ANNOUNCEMENTS: usize = 32;
 /// Most bytes of a text.
 pub const MAX_TEXT_BYTES: usize = 1024;
 /// Most bytes of a disk's reason: those of all disks fit one message.
@@ -244,25 +247,37 @@ pub enum ToAgent {
 }
 
 /// Recover: server to agent. In order; a repeated or reordered message is noticed by its block numbers.
+///
+/// Keep, Zeros and Frame go on where the one before ended (`after`), and blocks that they pass over stay as
+/// they are.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ToTarget {
     /// The answer to Hello.
     Begin {
         /// Bytes of the recovered disk.
         size: u64,
-        /// First block that will be sent; all before are done.
+        /// Where it goes on: the target's `next`, or 0 to begin again.
         from: u64,
-        /// Whether hashes come first; otherwise frames only, and what they leave out is zeros.
-        hashes_first: bool,
     },
-    /// What the next blocks hold, contiguous with the announcement before.
-    Announce {
-        /// The blocks.
-        runs: Vec<Run>,
+    /// The blocks are right as they are.
+    Keep {
+        /// The end of the message before, or `from`.
+        after: u64,
+        /// Index of the first block that is not meant.
+        end: u64,
+    },
+    /// Blocks to make zeros.
+    Zeros {
+        /// The end of the message before, or `from`.
+        after: u64,
+        /// Index of the first block.
+        first: u64,
+        /// How many.
+        blocks: u64,
     },
     /// Adjacent blocks to write.
     Frame {
-        /// The end of the frame before, or `from`.
+        /// The end of the message before, or `from`.
         after: u64,
         /// Index of the first block.
         first: u64,
@@ -275,7 +290,7 @@ pub enum ToTarget {
     End {
         /// Digest of the whole content.
         digest: [u8; 32],
-        /// Whether to read everything back and compare.
+        /// Whether to read back what was written and compare the whole.
         verify: bool,
         /// Whether to flush.
         sync: bool,
@@ -301,21 +316,19 @@ pub enum FromTarget {
         /// Whether the target held only zeros at the start.
         fresh: bool,
     },
-    /// Blocks that differ; one answer to each announcement, in order.
-    Wanted {
-        /// First block of the announcement.
-        first: u64,
-        /// Which of its blocks with content.
-        blocks: Bitmap,
+    /// What a target with content holds in the next blocks, contiguous with the announcement before.
+    Announce {
+        /// The blocks.
+        runs: Vec<Run>,
     },
-    /// All blocks before `next` are done.
+    /// All blocks before `next` are done. The answer to each frame.
     Written {
         /// Index of the first block that is not done.
         next: u64,
     },
     /// Flushed, and if asked for read back.
     Done {
-        /// Digest of what was read back; the server's own if nothing was to be verified.
+        /// Digest of what was found and read back; the server's own if nothing was to be verified.
         digest: [u8; 32],
     },
     /// The agent cannot go on.
@@ -658,16 +671,16 @@ impl ToTarget {
     /// The bytes of the message. A payload is copied once.
     pub fn encode(&self) -> Bytes {
         let out = match self {
-            ToTarget::Begin { size, from, hashes_first } => {
+            ToTarget::Begin { size, from } => {
                 let mut out = begin(1, 0);
                 out.put_u64_le(*size);
                 out.put_u64_le(*from);
-                out.put_u8((*hashes_first).into());
                 out
             }
-            ToTarget::Announce { runs } => {
-                let mut out = begin(2, runs_bytes(runs));
-                put_runs(&mut out, runs);
+            ToTarget::Keep { after, end } => {
+                let mut out = begin(2, 0);
+                out.put_u64_le(*after);
+                out.put_u64_le(*end);
                 out
             }
             ToTarget::Frame { after, first, hashes, payload } => {
@@ -687,6 +700,13 @@ impl ToTarget {
             }
             ToTarget::Closed => begin(5, 0),
             ToTarget::Refused { reason } => text_message(6, reason),
+            ToTarget::Zeros { after, first, blocks } => {
+                let mut out = begin(7, 0);
+                out.put_u64_le(*after);
+                out.put_u64_le(*first);
+                out.put_u64_le(*blocks);
+                out
+            }
         };
         out.freeze()
     }
@@ -696,12 +716,8 @@ impl ToTarget {
         let (kind, mut reader) = open(bytes)?;
         let r = &mut reader;
         let message = match kind {
-            1 => ToTarget::Begin {
-                size: r.u64("size")?,
-                from: r.u64("from")?,
-                hashes_first: r.bool("hashes first")?,
-            },
-            2 => ToTarget::Announce { runs: runs(r)? },
+            1 => ToTarget::Begin { size: r.u64("size")?, from: r.u64("from")? },
+            2 => ToTarget::Keep { after: r.u64("after")?, end: r.u64("end")? },
             3 => ToTarget::Frame {
                 after: r.u64("after")?,
                 first: r.u64("first block")?,
@@ -713,7 +729,12 @@ impl ToTarget {
             }
             5 => ToTarget::Closed,
             6 => ToTarget::Refused { reason: r.text("reason", MAX_TEXT_BYTES)? },
-            other => return Err(unknown(other, "1 to 6")),
+            7 => ToTarget::Zeros {
+                after: r.u64("after")?,
+                first: r.u64("first block")?,
+                blocks: r.u64("blocks")?,
+            },
+            other => return Err(unknown(other, "1 to 7")),
         };
         reader.end()?;
         Ok(message)
@@ -731,10 +752,9 @@ impl FromTarget {
                 out.put_u8((*fresh).into());
                 out
             }
-            FromTarget::Wanted { first, blocks } => {
-                let mut out = begin(2, blocks.len() / 8);
-                out.put_u64_le(*first);
-                put_bitmap(&mut out, blocks);
+            FromTarget::Announce { runs } => {
+                let mut out = begin(2, runs_bytes(runs));
+                put_runs(&mut out, runs);
                 out
             }
             FromTarget::Written { next } => {
@@ -758,7 +778,7 @@ impl FromTarget {
         let r = &mut reader;
         let message = match kind {
             1 => FromTarget::Hello { size: r.u64("size")?, next: r.u64("next")?, fresh: r.bool("fresh")? },
-            2 => FromTarget::Wanted { first: r.u64("first block")?, blocks: bitmap(r)? },
+            2 => FromTarget::Announce { runs: runs(r)? },
             3 => FromTarget::Written { next: r.u64("next")? },
             4 => FromTarget::Done { digest: r.hash("digest")? },
             5 => FromTarget::Abort { reason: r.text("reason", MAX_TEXT_BYTES)? },

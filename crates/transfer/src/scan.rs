@@ -203,9 +203,9 @@ impl DiskReader<'_> {
         )
     }
 
-    /// Every block of the disk.
-    pub(crate) fn full(&self) -> Result<(), ScanError> {
-        self.named(self.blocks(0..blocks_of(self.device.size())))
+    /// Every block of the disk from `first` on.
+    pub(crate) fn full(&self, first: u64) -> Result<(), ScanError> {
+        self.named(self.blocks(first..blocks_of(self.device.size())))
     }
 
     /// The blocks that `listed` touches.
@@ -416,4 +416,4 @@ pub(crate) fn gather(pieces: &Receiver<Piece>, out: &Sender<Batch>, most: usize)
 }
 
 /// Runs at which an announcement is sent; one read adds at most 16 more.
-const MOST_RUNS: usize = 256;
+pub(crate) const MOST_RUNS: usize = 256;

@@ -763,7 +763,7 @@ fn read_pass(
                 reader.listed(&wanted)?;
                 *next = reader.audit(&wanted, *rotation, bytes_audited)?;
             }
-            _ => reader.full()?,
+            _ => reader.full(0)?,
         }
     }
     Ok(())

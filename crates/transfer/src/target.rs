@@ -1,23 +1,35 @@
 //! The agent's end of recovering: writes what the server sends, and proves it.
 //!
-//! A fresh target is known to hold only zeros: frames are written, the rest is left. A target with content (an
-//! interrupted recovery, a recovery by difference) compares announced hashes with its own blocks, asks for what
-//! differs and zeroes what should be zero. Each block is checked against its hash before it is written; at the end
-//! everything is flushed, read back and compared as a whole.
+//! A fresh target is known to hold only zeros. A target with content (an interrupted recovery, a recovery by
+//! difference) reads and hashes its own blocks and announces them, holes without reading; the server, which
+//! knows the point's hashes without decoding anything, answers which blocks are right, which become zeros,
+//! and sends the rest.
+//!
+//! ```text
+//! reader -> hasher --Announce, at most so many without an answer--> server
+//!                                       Keep | Zeros | Frame <----- server, in the order of the blocks
+//! ```
+//!
+//! Each block is checked against its hash before it is written. At the end everything is flushed and what was
+//! written is read back: with the hashes of the blocks that were right it must give the digest of the whole
+//! disk.
 //!
 //! `next` is the block below which everything is done. After a cut it is all that must be known.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use block_io::{BlockDevice, DeviceError, WritableDevice};
 use bytes::Bytes;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use model::{BLOCK_BYTES, ByteRange};
 
 use crate::digest::ContentDigest;
 use crate::hasher::is_zero;
-use crate::message::{Bitmap, FromTarget, Run, ToTarget};
-use crate::scan::{READ_BLOCKS, walk};
+use crate::message::{FromTarget, Run, ToTarget};
+use crate::scan::{Budget, DiskReader, MOST_RUNS, Piece, READ_BLOCKS, ScanError, push_run, walk};
 use crate::steer::Order;
 use crate::{BLOCK, BlockHash, Connector, Link, LinkError, Payload, Steer, blocks_of, hash_block};
 
@@ -33,11 +45,13 @@ pub struct TargetSettings {
 pub struct TargetReport {
     /// Bytes of the recovered disk.
     pub bytes_logical: u64,
+    /// Bytes of the target that were read to be compared.
+    pub bytes_compared: u64,
     /// Bytes written, zeros apart.
     pub bytes_written: u64,
     /// Bytes that became zeros.
     pub bytes_zeroed: u64,
-    /// Whether everything was read back and was equal.
+    /// Whether everything was proved: what was written by being read back, the rest by being compared.
     pub verified: bool,
     /// Links used after the first.
     pub reconnects: u64,
@@ -98,32 +112,113 @@ pub struct Target<'a> {
     settings: TargetSettings,
     steer: Steer,
     next: u64,
+    /// Blocks before `next` that were right, as they were hashed before anything was written.
+    kept: ContentDigest,
+    written: Marks,
     /// The digest that was asked to be proved, once it is.
     proved: Option<[u8; 32]>,
     report: TargetReport,
+    /// Blocks that are read for one announcement.
+    pub(crate) announced_blocks: u64,
 }
 
-/// An announcement whose blocks have not all come.
-struct Waiting {
-    end: u64,
-    wanted: VecDeque<(u64, BlockHash)>,
-}
+/// Blocks that are read for one announcement: 16 MiB, so that few answers are waited for, and each soon.
+const ANNOUNCED_BLOCKS: u64 = 256;
+/// Announcements without an answer: with the one at work 144 MiB of disk, which a distant server needs to be
+/// busy. Less than [`crate::message::MAX_OPEN_ANNOUNCEMENTS`].
+const OPEN_ANNOUNCEMENTS: usize = 8;
+/// Bytes that are read and not hashed.
+const READ_AHEAD_BYTES: u64 = 8 << 20;
 
+/// One link's blocks.
 struct Receiving {
     size: u64,
     end: u64,
-    hashes_first: bool,
-    /// First block that was not announced.
-    announced: u64,
-    /// End of the frame before.
+    /// End of the message before.
     after: u64,
-    waiting: VecDeque<Waiting>,
+    /// What was announced of the blocks from `after` on, the first run perhaps only in its rest.
+    announced: VecDeque<Run>,
+    more: Receiver<Vec<Run>>,
+}
+
+impl Receiving {
+    /// Goes on to block `to`; `each` hears of the blocks with content that were announced on the way.
+    fn advance(&mut self, to: u64, mut each: impl FnMut(u64, &BlockHash)) -> Result<(), Stop> {
+        while self.after < to {
+            let Some(run) = self.announced.front() else {
+                match self.more.try_recv() {
+                    Ok(runs) => self.announced.extend(runs),
+                    Err(_) => return broken(format!("block {} was not announced", self.after)),
+                }
+                continue;
+            };
+            let end = run.blocks().map_or(self.end, |blocks| blocks.end);
+            let stop = end.min(to);
+            if let Run::Data { first, hashes } = run {
+                let passed = (*first..).zip(hashes).skip(self.after.saturating_sub(*first) as usize);
+                passed.take_while(|(block, _)| *block < stop).for_each(|(block, hash)| each(block, hash));
+            }
+            self.after = stop;
+            if stop == end {
+                self.announced.pop_front();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Blocks that this process wrote, a bit each: 2 MiB for a disk of a TiB.
+#[derive(Default)]
+struct Marks(Vec<u64>);
+
+impl Marks {
+    fn add(&mut self, blocks: Range<u64>) {
+        let words = blocks.end.div_ceil(64) as usize;
+        if self.0.len() < words {
+            self.0.resize(words, 0);
+        }
+        for block in blocks {
+            if let Some(word) = self.0.get_mut((block / 64) as usize) {
+                *word |= 1 << (block % 64);
+            }
+        }
+    }
+
+    fn contains(&self, block: u64) -> bool {
+        self.0.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+    }
+
+    /// The next marked blocks that touch, from `from` on.
+    fn next(&self, from: u64) -> Option<Range<u64>> {
+        let end = self.0.len() as u64 * 64;
+        let mut at = from;
+        while at < end && !self.contains(at) {
+            // Words without a mark at once.
+            let word = self.0.get((at / 64) as usize).map_or(0, |word| word >> (at % 64));
+            at += u64::from(word.trailing_zeros()).min(64 - at % 64);
+        }
+        let start = at;
+        while self.contains(at) {
+            at += 1;
+        }
+        (start < at).then_some(start..at)
+    }
 }
 
 impl<'a> Target<'a> {
     /// A target that writes to `device`.
     pub fn new(device: &'a dyn WritableDevice, settings: TargetSettings, steer: Steer) -> Target<'a> {
-        Target { device, settings, steer, next: 0, proved: None, report: TargetReport::default() }
+        Target {
+            device,
+            settings,
+            steer,
+            next: 0,
+            kept: ContentDigest::default(),
+            written: Marks::default(),
+            proved: None,
+            report: TargetReport::default(),
+            announced_blocks: ANNOUNCED_BLOCKS,
+        }
     }
 
     /// Receives everything, over as many links as it takes.
@@ -176,51 +271,96 @@ impl<'a> Target<'a> {
     fn serve(&mut self, link: &dyn Link<FromTarget, ToTarget>) -> Result<(), Stop> {
         let size = self.device.size();
         link.send(FromTarget::Hello { size, next: self.next, fresh: self.settings.fresh })?;
-        let (size, from, hashes_first) = match link.receive()? {
-            ToTarget::Begin { size, from, hashes_first } => (size, from, hashes_first),
+        let (size, from) = match link.receive()? {
+            ToTarget::Begin { size, from } => (size, from),
             ToTarget::Refused { reason } => return Err(Stop::Error(TargetError::Refused(reason))),
             _ => return Err(Stop::Cut),
         };
-        if size > self.device.size() || from > self.next || (!hashes_first && !self.settings.fresh) {
+        let end = blocks_of(size);
+        if size > self.device.size() || from > end || (from != self.next && from != 0) {
             return broken(format!(
-                "it would send {size} bytes from block {from} (hashes first: {hashes_first}) to a target of {} \
-                 bytes that is at block {} (fresh: {})",
+                "it would send {size} bytes from block {from} to a target of {} bytes that is at block {}",
                 self.device.size(),
                 self.next,
-                self.settings.fresh
             ));
+        }
+        if from < self.next {
+            self.kept = ContentDigest::default();
+            self.proved = None;
         }
         self.report.bytes_logical = size;
         self.next = from;
-        let mut state = Receiving {
-            size,
-            end: blocks_of(size),
-            hashes_first,
-            announced: from,
-            after: from,
-            waiting: VecDeque::new(),
-        };
+        let (announced_in, more) = bounded(OPEN_ANNOUNCEMENTS);
+        let state = Receiving { size, end, after: from, announced: VecDeque::new(), more };
+        if self.settings.fresh {
+            // What the server takes for granted.
+            if from < end {
+                let zeros = vec![Run::Zeros { first: from, blocks: end - from }];
+                // The channel is empty.
+                let _ = announced_in.try_send(zeros);
+            }
+            return self.receive(link, state);
+        }
+        let device = Seen { device: self.device, size };
+        let (budget, stop, bytes_read) =
+            (Budget::new(READ_AHEAD_BYTES), AtomicBool::new(false), AtomicU64::new(0));
+        let failed = OnceLock::new();
+        let (pieces_in, pieces) = bounded(2);
+        let blocks = self.announced_blocks;
+        let result = std::thread::scope(|scope| {
+            let (budget, stop, bytes_read, failed, device) = (&budget, &stop, &bytes_read, &failed, &device);
+            scope.spawn(move || {
+                let reader = DiskReader { disk: 0, device, budget, stop, out: &pieces_in, bytes_read };
+                if let Err(ScanError::Device(_, error)) = reader.full(from) {
+                    // Whoever waits for the server's next message waits in vain now.
+                    let _ = link.send(FromTarget::Abort { reason: error.to_string() });
+                    let _ = failed.set(error);
+                    link.close(LinkError::Cut("the target cannot be read".to_owned()));
+                }
+            });
+            scope.spawn(move || announce(link, &pieces, &announced_in, blocks));
+            let result = self.receive(link, state);
+            stop.store(true, Ordering::SeqCst);
+            budget.wake();
+            result
+        });
+        self.report.bytes_compared += bytes_read.into_inner();
+        match (result, failed.into_inner()) {
+            (Err(Stop::Cut), Some(error)) => Err(error.into()),
+            (result, _) => result,
+        }
+    }
+
+    /// Does what the server says, until it closes.
+    fn receive(&mut self, link: &dyn Link<FromTarget, ToTarget>, mut state: Receiving) -> Result<(), Stop> {
         loop {
             if self.steer.is_cancelled() {
                 return Err(Stop::Error(TargetError::Cancelled));
             }
             match link.receive()? {
                 ToTarget::Begin { .. } => {}
-                ToTarget::Announce { runs } if state.hashes_first => {
-                    self.announced(link, &mut state, &runs)?
+                ToTarget::Keep { after, end } => {
+                    self.go_on(&mut state, after, end..end)?;
                 }
-                ToTarget::Announce { .. } => return broken("hashes for a fresh target"),
+                ToTarget::Zeros { after, first, blocks } => {
+                    let end = first.saturating_add(blocks);
+                    if self.go_on(&mut state, after, first..end)? {
+                        self.zero(state.size, first..end)?;
+                    }
+                }
                 ToTarget::Frame { after, first, hashes, payload } => {
-                    self.frame(link, &mut state, after, first, &hashes, &payload)?;
+                    let end = first.saturating_add(hashes.len() as u64);
+                    if self.go_on(&mut state, after, first..end)? {
+                        self.write(state.size, first..end, &hashes, &payload)?;
+                        link.send(FromTarget::Written { next: end })?;
+                    }
                 }
                 ToTarget::End { digest, verify, sync } => {
-                    let done = if state.hashes_first { state.announced } else { state.end };
-                    if !state.waiting.is_empty() || done != state.end {
-                        // Frames of this link are missing.
+                    if state.after != state.end {
+                        // Messages of this link are missing.
                         return Err(Stop::Cut);
                     }
-                    self.next = state.end;
-                    self.prove(size, digest, verify, sync)?;
+                    self.prove(state.size, digest, verify, sync)?;
                     link.send(FromTarget::Done { digest })?;
                 }
                 ToTarget::Closed if self.proved.is_some() => return Ok(()),
@@ -230,125 +370,59 @@ impl<'a> Target<'a> {
         }
     }
 
-    fn announced(
-        &mut self,
-        link: &dyn Link<FromTarget, ToTarget>,
-        state: &mut Receiving,
-        runs: &[Run],
-    ) -> Result<(), Stop> {
-        let ranges: Option<Vec<_>> = runs.iter().map(Run::blocks).collect();
-        let (first, end) = match ranges.as_deref() {
-            Some([first, .., last]) => (first.start, last.end),
-            Some([only]) => (only.start, only.end),
-            _ => return broken("an announcement of nothing"),
-        };
-        if end <= state.announced {
-            return Ok(());
-        }
-        if first > state.announced {
-            return Err(Stop::Cut);
-        }
-        let contiguous = ranges.iter().flatten().try_fold(state.announced, |at, range| {
-            (range.start == at && range.start < range.end).then_some(range.end)
-        });
-        if contiguous != Some(end) || end > state.end {
-            return broken(format!(
-                "announced were blocks {first} to {end}, expected from {} to at most {}",
-                state.announced, state.end
-            ));
-        }
-        let mut bits = Vec::new();
-        let mut wanted = VecDeque::new();
-        for run in runs {
-            match run {
-                Run::Zeros { first, blocks } => self.make_zero(state.size, *first, first + blocks)?,
-                Run::Data { first, hashes } => {
-                    let places: Vec<u64> = (*first..).take(hashes.len()).collect();
-                    for (places, hashes) in
-                        places.chunks(READ_BLOCKS as usize).zip(hashes.chunks(READ_BLOCKS as usize))
-                    {
-                        let start = places.first().copied().unwrap_or_default();
-                        let own = self.read(state.size, start, places.len())?;
-                        for ((block, &place), &hash) in own.chunks_exact(BLOCK).zip(places).zip(hashes) {
-                            let differs = hash_block(block) != hash;
-                            bits.push(differs);
-                            if differs {
-                                wanted.push_back((place, hash));
-                            }
-                        }
-                    }
-                }
-            }
-        }
-        state.announced = end;
-        state.waiting.push_back(Waiting { end, wanted });
-        link.send(FromTarget::Wanted { first, blocks: Bitmap::new(bits) })?;
-        self.settle(link, state)
-    }
-
-    /// Tells the server how far everything is done.
-    fn settle(&mut self, link: &dyn Link<FromTarget, ToTarget>, state: &mut Receiving) -> Result<(), Stop> {
-        let before = self.next;
-        while let Some(front) = state.waiting.front() {
-            if !front.wanted.is_empty() {
-                break;
-            }
-            self.next = front.end;
-            state.waiting.pop_front();
-        }
-        if self.next > before {
-            link.send(FromTarget::Written { next: self.next })?;
-        }
-        Ok(())
-    }
-
-    fn frame(
-        &mut self,
-        link: &dyn Link<FromTarget, ToTarget>,
-        state: &mut Receiving,
-        after: u64,
-        first: u64,
-        hashes: &[BlockHash],
-        payload: &Payload,
-    ) -> Result<(), Stop> {
+    /// Goes on from block `after` to the end of `changed`, keeping what is before it; false for a message
+    /// that comes again. Whoever gets true makes the change, or fails for good.
+    fn go_on(&mut self, state: &mut Receiving, after: u64, changed: Range<u64>) -> Result<bool, Stop> {
         if after < state.after {
-            return Ok(());
+            return Ok(false);
         }
         if after > state.after {
             return Err(Stop::Cut);
         }
-        let end = first.checked_add(hashes.len() as u64).filter(|&end| end <= state.end);
-        let Some(end) = end.filter(|_| first >= after && !hashes.is_empty()) else {
+        let Range { start, end } = changed;
+        if start < after || end < start || end == after || end > state.end {
             return broken(format!(
-                "a frame of {} blocks from {first}, expected from {after} to at most {}",
-                hashes.len(),
+                "blocks {start} to {end} came, expected some from {after} to at most {}",
                 state.end
             ));
-        };
-        if state.hashes_first {
-            let Some(waiting) = state.waiting.front_mut() else {
-                return broken(format!("block {first} was not asked for"));
-            };
-            for (place, hash) in (first..).zip(hashes) {
-                if waiting.wanted.pop_front() != Some((place, *hash)) {
-                    return broken(format!("block {place} was not asked for, or has another hash"));
-                }
-            }
         }
+        state.advance(start, |block, hash| {
+            // What was written before a cut is not proved by what the system's memory holds of it.
+            if !self.written.contains(block) {
+                self.kept.add(block, hash);
+            }
+        })?;
+        state.advance(end, |_, _| {})?;
+        self.next = end;
+        Ok(true)
+    }
+
+    fn write(
+        &mut self,
+        size: u64,
+        blocks: Range<u64>,
+        hashes: &[BlockHash],
+        payload: &Payload,
+    ) -> Result<(), Stop> {
         let plain: Bytes = match payload.open_checked(hashes) {
             Ok(plain) => plain,
-            Err(error) => return broken(format!("blocks from {first}: {error}")),
+            Err(error) => return broken(format!("blocks from {}: {error}", blocks.start)),
         };
-        let offset = first * BLOCK_BYTES;
-        let length = state.size.saturating_sub(offset).min(plain.len() as u64) as usize;
+        let offset = blocks.start * BLOCK_BYTES;
+        let length = size.saturating_sub(offset).min(plain.len() as u64) as usize;
+        self.written.add(blocks);
         self.device.write_at(offset, &plain[..length])?;
         self.report.bytes_written += length as u64;
-        state.after = end;
-        if state.hashes_first {
-            return self.settle(link, state);
-        }
-        self.next = end;
-        Ok(link.send(FromTarget::Written { next: end })?)
+        Ok(())
+    }
+
+    fn zero(&mut self, size: u64, blocks: Range<u64>) -> Result<(), Stop> {
+        let end = blocks.end.saturating_mul(BLOCK_BYTES).min(size);
+        let range = ByteRange { start: blocks.start * BLOCK_BYTES, end };
+        self.written.add(blocks);
+        self.device.write_zeros(range)?;
+        self.report.bytes_zeroed += range.len();
+        Ok(())
     }
 
     /// Reads blocks, the tail of the disk padded with zeros.
@@ -360,26 +434,6 @@ impl<'a> Target<'a> {
         Ok(data)
     }
 
-    fn make_zero(&mut self, size: u64, first: u64, end: u64) -> Result<(), Stop> {
-        let mut zeroed = 0;
-        walk(&Seen(self.device), first..end, |run, data| {
-            let mut at = run.start;
-            while data && at < run.end {
-                let count = READ_BLOCKS.min(run.end - at);
-                if !is_zero(&self.read(size, at, count as usize)?) {
-                    let range =
-                        ByteRange { start: at * BLOCK_BYTES, end: ((at + count) * BLOCK_BYTES).min(size) };
-                    self.device.write_zeros(range)?;
-                    zeroed += range.len();
-                }
-                at += count;
-            }
-            Ok::<(), DeviceError>(())
-        })?;
-        self.report.bytes_zeroed += zeroed;
-        Ok(())
-    }
-
     /// Flushes, reads back and compares, once.
     fn prove(&mut self, size: u64, digest: [u8; 32], verify: bool, sync: bool) -> Result<(), Stop> {
         if self.proved == Some(digest) {
@@ -389,24 +443,16 @@ impl<'a> Target<'a> {
             self.device.flush()?;
         }
         if verify {
-            let mut found = ContentDigest::default();
-            walk(&Seen(self.device), 0..blocks_of(size), |run, data| {
-                let mut at = run.start;
-                while data && at < run.end {
-                    if self.steer.is_cancelled() {
-                        return Err(Stop::Error(TargetError::Cancelled));
-                    }
-                    let count = READ_BLOCKS.min(run.end - at);
-                    let blocks = self.read(size, at, count as usize)?;
-                    for (place, block) in (at..).zip(blocks.chunks_exact(BLOCK)) {
-                        if !is_zero(block) {
-                            found.add(place, &hash_block(block));
-                        }
-                    }
-                    at += count;
-                }
-                Ok(())
-            })?;
+            let mut found = self.kept.clone();
+            let device = Seen { device: self.device, size };
+            let end = blocks_of(size);
+            let mut at = 0;
+            // Nothing of a fresh target was compared.
+            let all = |at| (self.settings.fresh && at < end).then_some(at..end);
+            while let Some(run) = all(at).or_else(|| self.written.next(at)) {
+                at = run.end;
+                self.read_back(&device, run, &mut found)?;
+            }
             if found.finish(size) != digest {
                 return Err(Stop::Error(TargetError::NotVerified));
             }
@@ -415,25 +461,91 @@ impl<'a> Target<'a> {
         self.proved = Some(digest);
         Ok(())
     }
+
+    fn read_back(&self, device: &Seen, blocks: Range<u64>, found: &mut ContentDigest) -> Result<(), Stop> {
+        walk(device, blocks, |run, data| {
+            let mut at = run.start;
+            while data && at < run.end {
+                if self.steer.is_cancelled() {
+                    return Err(Stop::Error(TargetError::Cancelled));
+                }
+                let count = READ_BLOCKS.min(run.end - at);
+                let blocks = self.read(device.size, at, count as usize)?;
+                for (place, block) in (at..).zip(blocks.chunks_exact(BLOCK)) {
+                    if !is_zero(block) {
+                        found.add(place, &hash_block(block));
+                    }
+                }
+                at += count;
+            }
+            Ok(())
+        })
+    }
 }
 
-/// The reading half of a writable device.
-struct Seen<'a>(&'a dyn WritableDevice);
+/// Hashes what was read and announces it, `blocks` read ones at a time. `announced` hears of it first, and
+/// its bound is the number of announcements without an answer.
+fn announce(
+    link: &dyn Link<FromTarget, ToTarget>,
+    pieces: &Receiver<Piece>,
+    announced: &Sender<Vec<Run>>,
+    blocks: u64,
+) {
+    let tell = |runs: Vec<Run>| {
+        announced.send(runs.clone()).is_ok() && link.send(FromTarget::Announce { runs }).is_ok()
+    };
+    let (mut runs, mut read) = (Vec::new(), 0);
+    for piece in pieces {
+        match piece {
+            Piece::Zeros { first, blocks, .. } => push_run(&mut runs, Run::Zeros { first, blocks }),
+            Piece::Data { first, data, .. } => {
+                for (block, bytes) in (first..).zip(data.chunks_exact(BLOCK)) {
+                    push_run(
+                        &mut runs,
+                        match is_zero(bytes) {
+                            true => Run::Zeros { first: block, blocks: 1 },
+                            false => Run::Data { first: block, hashes: vec![hash_block(bytes)] },
+                        },
+                    );
+                }
+                read += (data.len() / BLOCK) as u64;
+            }
+        }
+        if read >= blocks || runs.len() >= MOST_RUNS {
+            read = 0;
+            if !tell(std::mem::take(&mut runs)) {
+                // Whoever receives knows why.
+                return;
+            }
+        }
+    }
+    if !runs.is_empty() {
+        tell(runs);
+    }
+}
+
+/// The reading half of a writable device: as many bytes as the recovered disk has.
+struct Seen<'a> {
+    device: &'a dyn WritableDevice,
+    size: u64,
+}
 
 impl BlockDevice for Seen<'_> {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.size
     }
 
     fn logical_sector_size(&self) -> u32 {
-        self.0.logical_sector_size()
+        self.device.logical_sector_size()
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {
-        self.0.read_at(offset, buf)
+        self.device.read_at(offset, buf)
     }
 
     fn next_allocated(&self, from: u64) -> Result<Option<ByteRange>, DeviceError> {
-        self.0.next_allocated(from)
+        let found = self.device.next_allocated(from)?;
+        let inside = found.map(|range| ByteRange { start: range.start, end: range.end.min(self.size) });
+        Ok(inside.filter(|range| range.start < range.end))
     }
 }

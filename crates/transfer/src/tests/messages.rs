@@ -91,16 +91,8 @@ fn to_agent() -> Vec<(ToAgent, &'static str)> {
 
 fn to_target() -> Vec<(ToTarget, &'static str)> {
     vec![
-        (
-            ToTarget::Begin { size: 1 << 40, from: 3, hashes_first: true },
-            "00010000000000010000030000000000000001",
-        ),
-        (
-            ToTarget::Announce { runs: runs() },
-            "000202000005000000000000000200aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\
-             aaaaaaaaaaaaaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb01\
-             07000000000000000000000002000000",
-        ),
+        (ToTarget::Begin { size: 1 << 40, from: 3 }, "000100000000000100000300000000000000"),
+        (ToTarget::Keep { after: 3, end: 1 << 33 }, "000203000000000000000000000002000000"),
         (
             ToTarget::Frame {
                 after: 1,
@@ -118,13 +110,22 @@ fn to_target() -> Vec<(ToTarget, &'static str)> {
         ),
         (ToTarget::Closed, "0005"),
         (ToTarget::Refused { reason: text() }, "000608006772c3b6c39f6572"),
+        (
+            ToTarget::Zeros { after: 1, first: 2, blocks: 1 << 33 },
+            "0007010000000000000002000000000000000000000002000000",
+        ),
     ]
 }
 
 fn from_target() -> Vec<(FromTarget, &'static str)> {
     vec![
         (FromTarget::Hello { size: 1 << 40, next: 2, fresh: true }, "00010000000000010000020000000000000001"),
-        (FromTarget::Wanted { first: 9, blocks: bits() }, "000209000000000000000a001902"),
+        (
+            FromTarget::Announce { runs: runs() },
+            "000202000005000000000000000200aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\
+             aaaaaaaaaaaaaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb01\
+             07000000000000000000000002000000",
+        ),
         (FromTarget::Written { next: 4 }, "00030400000000000000"),
         (
             FromTarget::Done { digest: [0xee; 32] },
