@@ -8,6 +8,7 @@
 //! - [`inventory`]: machines as their hosts see them.
 //! - [`time`]: points in time as microseconds since 1970, UTC.
 //! - [`point`]: what a recovery point says about itself: consistency, state, cause.
+//! - [`recovery`]: a whole machine to be recovered, step by step.
 //! - [`problem`]: every error code that a person can meet, with cause, remedy and exit status.
 
 pub mod audit_choice;
@@ -17,13 +18,18 @@ pub mod noise;
 pub mod point;
 pub mod problem;
 pub mod range;
+pub mod recovery;
 pub mod time;
 
 pub use id::{DatasourceId, DomainId, HostId, JobId, PoolId, RecoveryPointId};
 pub use inventory::{HostDisk, HostMachine, Power};
-pub use point::{Cause, Consistency, PointState};
+pub use point::{Cause, Consistency, PointState, Unfrozen};
 pub use problem::{Code, ExitStatus, Problem};
 pub use range::{ByteRange, RangeSet};
+pub use recovery::{
+    BaseImage, CompletedMachine, Identity, MachineRecovery, Network, Place, PreparedDisk, PreparedMachine,
+    RecoveredDisk, Stop,
+};
 pub use time::Timestamp;
 
 /// Bytes of one block of a protected disk: the unit that is hashed, compared, deduplicated and asked for.

@@ -114,3 +114,38 @@ impl std::fmt::Display for Cause {
         Ok(())
     }
 }
+
+/// What is made of a running machine whose file systems cannot be frozen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unfrozen {
+    /// No point.
+    Fail,
+    /// The machine is paused for the instant of the checkpoint; the point is crash-consistent.
+    Pause,
+    /// A crash-consistent point, and an alert that stands as long as that is so.
+    #[default]
+    Crash,
+}
+
+impl Unfrozen {
+    /// The word for it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Unfrozen::Fail => "fail",
+            Unfrozen::Pause => "pause",
+            Unfrozen::Crash => "crash",
+        }
+    }
+}
+
+impl std::str::FromStr for Unfrozen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Unfrozen, String> {
+        [Unfrozen::Fail, Unfrozen::Pause, Unfrozen::Crash]
+            .into_iter()
+            .find(|one| one.word() == text)
+            .ok_or_else(|| format!("{text:?} is none of fail, pause and crash"))
+    }
+}

@@ -128,6 +128,12 @@ codes! {
     SourceLocked 2010 Busy "A disk image is in use"
         "Another program holds a lock on the image and the file system has no reflinks to freeze it."
         "Stop the machine or move its images to a file system with reflinks."
+    NotFrozen 2011 Failed "The guest's file systems could not be frozen"
+        "No agent in the guest answers, it refused, or the freeze did not hold, and the datasource is set to make no point then."
+        "Start the guest agent (qemu-guest-agent), or accept other points: `datasource add-machine NAME --without-freeze crash` or `pause`."
+    Migrating 2012 Busy "The machine is on its way to another host"
+        "A live migration runs; a checkpoint cannot be made meanwhile."
+        "Wait for its end and run the job again. Jobs wait for an hour by themselves."
 
     // 30xx: the storage pool
     PoolDamaged 3001 Damaged "The storage pool is damaged"

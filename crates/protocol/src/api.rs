@@ -8,6 +8,7 @@
 
 use model::{
     Code, Consistency, DatasourceId, HostId, PointState, PoolId, Problem, RecoveryPointId, Timestamp,
+    Unfrozen,
 };
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use utoipa::ToSchema;
@@ -329,6 +330,17 @@ pub struct AddMachine {
     /// Disks to leave out, by their names in the machine. A recovered machine has them empty.
     #[serde(default)]
     pub exclude: Vec<String>,
+    /// Protect the inside of swap partitions, too.
+    #[serde(default)]
+    pub keep_swap: bool,
+    /// What is made of it when it runs and its file systems cannot be frozen: `fail`, `pause`, or `crash` if absent. Adding the
+    /// same machine again changes it.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub without_freeze: Option<Unfrozen>,
+    /// Seconds before each of two more attempts to freeze it; 300 if absent.
+    #[serde(default)]
+    pub freeze_wait_seconds: Option<u64>,
 }
 
 /// What becomes of the recovery points of a datasource that is removed.
@@ -604,6 +616,17 @@ pub struct Alert {
     #[serde(default)]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub acknowledged_at: Option<Time>,
+    /// When its cause was gone.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub resolved_at: Option<Time>,
+}
+
+impl Alert {
+    /// Whether somebody should still look: nobody took note, and its cause is not gone.
+    pub fn stands(&self) -> bool {
+        self.acknowledged_at.is_none() && self.resolved_at.is_none()
+    }
 }
 
 /// How well everything is.

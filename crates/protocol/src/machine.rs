@@ -3,10 +3,10 @@
 //! - The definition of a machine made of image files, as the server first writes it and the host reads it. Afterwards
 //!   it is text that only hosts read. `datasource::MachineSpec` is the reading side; a test of the agent holds the two
 //!   together.
-//! - [`MachineReport`], the result of `Inspect`, and [`SentReport`], the result of `SendOrder`. The result of every
-//!   other command is `null`, of `ListInventory` a list of `model::HostMachine`.
+//! - [`MachineReport`], the result of `Inspect`, and [`SentReport`], the result of `SendOrder`. The result of `ListInventory`
+//!   is a list of `model::HostMachine`, that of `RecoverMachine` stands at [`MachineStep`], of every other command it is `null`.
 
-use model::{Consistency, DatasourceId, PoolId};
+use model::{Consistency, DatasourceId, MachineRecovery, PoolId, PreparedMachine};
 use serde::{Deserialize, Serialize};
 
 /// A disk as its host sees it.
@@ -39,6 +39,34 @@ pub struct SentReport {
     pub consistency: Consistency,
     /// Why that far.
     pub evidence: String,
+    /// What else the machine is, text that only a host reads; empty where there is nothing.
+    #[serde(default)]
+    pub configuration: String,
+}
+
+/// A step of the recovery of a whole machine: the text of `RecoverMachine`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "step")]
+pub enum MachineStep {
+    /// Check, and say where the disks go. The result is a `model::PreparedMachine`.
+    Prepare {
+        /// What is recovered.
+        recovery: MachineRecovery,
+    },
+    /// Make a machine of the disks. The result is a `model::CompletedMachine`.
+    Complete {
+        /// What is recovered.
+        recovery: MachineRecovery,
+        /// What was prepared.
+        prepared: PreparedMachine,
+    },
+    /// Remove what was made. The result is `null`.
+    Abandon {
+        /// What is recovered.
+        recovery: MachineRecovery,
+        /// What was prepared.
+        prepared: PreparedMachine,
+    },
 }
 
 /// One image file.
@@ -73,11 +101,19 @@ pub fn images_definition(
 }
 
 /// The definition of a machine of the provider `libvirt`, protected in the pool `owner`; `exclude` names disks that are left out.
-pub fn libvirt_definition(id: DatasourceId, name: &str, exclude: &[String], owner: PoolId) -> String {
+pub fn libvirt_definition(
+    id: DatasourceId,
+    name: &str,
+    exclude: &[String],
+    keep_swap: bool,
+    owner: PoolId,
+) -> String {
     serde_json::json!({
         "id": id,
         "name": name,
-        "source": { "provider": "libvirt", "exclude": exclude, "owner": owner.to_string() },
+        "source": {
+            "provider": "libvirt", "exclude": exclude, "keep_swap": keep_swap, "owner": owner.to_string(),
+        },
     })
     .to_string()
 }

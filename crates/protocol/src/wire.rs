@@ -3,7 +3,7 @@
 //! What comes from the other side is checked here once: ids have 16 bytes, a problem's code is one of ours.
 
 use crate::v0;
-use model::{Code, Consistency, Problem};
+use model::{Code, Consistency, Problem, Unfrozen};
 use tonic::Status;
 
 /// The lowest version of the protocol that this program speaks.
@@ -131,6 +131,26 @@ impl From<Consistency> for v0::Consistency {
             Consistency::File => v0::Consistency::File,
             Consistency::Application => v0::Consistency::Application,
             Consistency::Offline => v0::Consistency::Offline,
+        }
+    }
+}
+
+impl From<Unfrozen> for v0::Unfrozen {
+    fn from(choice: Unfrozen) -> v0::Unfrozen {
+        match choice {
+            Unfrozen::Crash => v0::Unfrozen::Crash,
+            Unfrozen::Fail => v0::Unfrozen::Fail,
+            Unfrozen::Pause => v0::Unfrozen::Pause,
+        }
+    }
+}
+
+impl From<v0::Unfrozen> for Unfrozen {
+    fn from(choice: v0::Unfrozen) -> Unfrozen {
+        match choice {
+            v0::Unfrozen::Crash => Unfrozen::Crash,
+            v0::Unfrozen::Fail => Unfrozen::Fail,
+            v0::Unfrozen::Pause => Unfrozen::Pause,
         }
     }
 }

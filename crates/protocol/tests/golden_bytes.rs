@@ -77,6 +77,9 @@ fn examples() -> BTreeMap<String, Vec<u8>> {
         wanted: Consistency::Application.into(),
         least: Consistency::Crash.into(),
         pacing,
+        unfrozen: Unfrozen::Pause.into(),
+        may_retry: true,
+        scratch_bytes: 1 << 30,
     };
     let receive = || ReceiveOrder {
         job: job(),
@@ -92,6 +95,7 @@ fn examples() -> BTreeMap<String, Vec<u8>> {
         pacing,
         point: vec![0xB2; 16].into(),
         disk: 1,
+        over_json: text("{}"),
     };
     let page = || ListPage { command: 5, disk: 1, page: 2, ranges: vec![range] };
 
@@ -148,12 +152,14 @@ fn examples() -> BTreeMap<String, Vec<u8>> {
         ("receive", command::Kind::Receive(receive())),
         ("cancel_job", command::Kind::CancelJob(CancelJob { job: job() })),
         ("list_inventory", command::Kind::ListInventory(ListInventory { provider: text("images") })),
+        ("recover_machine", command::Kind::RecoverMachine(RecoverMachine { step_json: text("{}") })),
     ] {
         add(&mut all, &format!("Command.{name}"), Command { id: 5, kind: Some(kind) });
     }
     add(&mut all, "MachineSpec", machine().unwrap());
     add(&mut all, "Inspect", Inspect { machine: machine() });
     add(&mut all, "ListInventory", ListInventory { provider: text("images") });
+    add(&mut all, "RecoverMachine", RecoverMachine { step_json: text("{}") });
     add(&mut all, "CancelJob", CancelJob { job: job() });
     add(&mut all, "Range", range);
     add(&mut all, "Pacing", limits);

@@ -1,6 +1,6 @@
 //! Jobs: what is asked for, what is planned, how far it is, how it ended.
 
-use model::{Consistency, DatasourceId, JobId, Problem, RecoveryPointId, Timestamp};
+use model::{Consistency, DatasourceId, Identity, JobId, Network, Problem, RecoveryPointId, Stop, Timestamp};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -88,6 +88,63 @@ pub struct RecoverDisk {
     /// Replace an existing file.
     #[serde(default)]
     pub overwrite: bool,
+    /// Refuse a point of less consistency.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub min_consistency: Option<Consistency>,
+}
+
+/// Where a recovered machine goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase", tag = "to", deny_unknown_fields)]
+pub enum MachineTarget {
+    /// To the machine that it is a point of, whose disks are replaced.
+    Original {
+        /// How that machine is stopped if it runs: `graceful` or `now`. Without it a running machine is refused.
+        #[serde(default)]
+        #[schema(value_type = Option<String>)]
+        stop: Option<Stop>,
+    },
+    /// To a machine of its own.
+    Host {
+        /// An enrolled host's name or id. Standalone, and only there, it may be absent: this machine.
+        #[serde(default)]
+        host: Option<String>,
+        /// Absolute path of a folder there, or the name of a storage pool of its hypervisor; where the hypervisor keeps disks if
+        /// absent.
+        #[serde(default)]
+        path: Option<String>,
+        /// Format of its disks; each as it was if absent.
+        #[serde(default)]
+        format: Option<DiskFormat>,
+    },
+}
+
+/// Body of `recover vm`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverMachine {
+    /// The point: id, unique prefix, `latest`, `@TIME` (RFC 3339).
+    pub point: String,
+    /// Where it goes.
+    pub target: MachineTarget,
+    /// Its name; the original's, or NAME-recovered with a new identity, if absent.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// `new` or `keep`; a machine of its own gets a new one if absent. The original keeps its own.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub identity: Option<Identity>,
+    /// `"keep"`, `"disconnect"` or `{"map": {"OLD": "NEW"}}`; a machine of its own is disconnected if absent.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub network: Option<Network>,
+    /// Start it in the end.
+    #[serde(default)]
+    pub start: bool,
+    /// How fast at most.
+    #[serde(default)]
+    pub limit: Option<RateLimit>,
     /// Refuse a point of less consistency.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
@@ -236,6 +293,13 @@ pub enum JobRequest {
         /// What, where to, how.
         options: RecoverDisk,
     },
+    /// A whole machine of a point.
+    RecoverMachine {
+        /// As typed.
+        datasource: String,
+        /// What, where to, how.
+        options: RecoverMachine,
+    },
     /// A datasource is forgotten.
     RemoveDatasource {
         /// As typed.
@@ -263,6 +327,7 @@ impl JobRequest {
             JobRequest::Synchronize { .. } => JobKind::Synchronize,
             JobRequest::Check { .. } => JobKind::Check,
             JobRequest::RecoverDisk { .. } => JobKind::RecoverDisk,
+            JobRequest::RecoverMachine { .. } => JobKind::RecoverMachine,
             JobRequest::RemoveDatasource { .. } => JobKind::RemoveDatasource,
             JobRequest::VerifyPool(_) => JobKind::Verify,
             JobRequest::Reclaim(_) => JobKind::Reclaim,
@@ -336,6 +401,8 @@ pub enum JobKind {
     Check,
     /// A disk into a file.
     RecoverDisk,
+    /// A whole machine.
+    RecoverMachine,
     /// A datasource is forgotten.
     RemoveDatasource,
     /// Stored bytes against their hashes.
@@ -358,6 +425,7 @@ impl JobKind {
             JobKind::Synchronize => "synchronize",
             JobKind::Check => "check",
             JobKind::RecoverDisk => "recover-disk",
+            JobKind::RecoverMachine => "recover-machine",
             JobKind::RemoveDatasource => "remove-datasource",
             JobKind::Verify => "verify",
             JobKind::Reclaim => "reclaim",
@@ -486,6 +554,16 @@ pub struct Figures {
     /// Bytes by which the pool grew.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_stored: Option<u64>,
+    /// What people should know of what was done, a sentence each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// The machine that was made, by name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<String>,
+    /// That machine's identity.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub machine_id: Option<DatasourceId>,
     /// Bytes written to the target of a recovery or a copy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_written: Option<u64>,
