@@ -15,14 +15,14 @@ use bytes::Bytes;
 use environment::Clock;
 use model::{ByteRange, Cause, Code, JobId, Problem, RangeSet, RecoveryPointId};
 use protocol::channel::{ChannelError, Doorway};
-use protocol::machine::{DiskReport, MachineReport, SentReport};
+use protocol::machine::{DiskReport, MachineReport, MachineStep, SentReport};
 use protocol::stream::{JobStream, JobStreams};
 use protocol::v0::{self, command, disk_read};
 use protocol::wire::{broken, id};
 use transfer::{Connector, DiskOrder, Encoded, Link, LinkError, Message, Mode, SenderSettings, Wire};
 
 use crate::connection::{AgentState, Executor, ServerLink};
-use crate::host::{Host, Receive, machine};
+use crate::host::{Host, Receive, Wanted, machine};
 
 /// Without a server for that long a job is given up and its frozen view let go of.
 const PATIENCE: Duration = Duration::from_secs(900);
@@ -126,12 +126,18 @@ impl HostExecutor {
         self.remember(&definition)?;
         self.host.sweep(std::slice::from_ref(&machine))?;
         running.check()?;
-        let wanted = wanted.unwrap_or(model::Consistency::Crash);
+        let wanted = Wanted {
+            consistency: wanted.unwrap_or(model::Consistency::Crash),
+            unfrozen: v0::Unfrozen::try_from(order.unfrozen).unwrap_or_default().into(),
+            may_retry: order.may_retry,
+            scratch_bytes: order.scratch_bytes,
+        };
         let sent = self.host.send(job, &machine, disks, wanted, settings, &mut running.connector())?;
         json(&SentReport {
             machine: report(&sent.description)?,
             consistency: sent.consistency,
             evidence: sent.evidence,
+            configuration: sent.configuration,
         })
     }
 
@@ -155,6 +161,12 @@ impl HostExecutor {
             size: order.disk_bytes,
             sector: order.logical_sector_bytes,
             description: order.image_json,
+            over: match order.over_json.as_str() {
+                "" => None,
+                text => Some(serde_json::from_str(text).map_err(|error| {
+                    broken(format!("The image below the target cannot be read: {error}."))
+                })?),
+            },
             overwrite: order.overwrite,
             sync: order.durable,
         };
@@ -234,6 +246,22 @@ impl Executor for HostExecutor {
                 }
                 self.host.cancel(job);
                 json(&())
+            }
+            command::Kind::RecoverMachine(order) => {
+                let step: MachineStep = serde_json::from_str(&order.step_json)
+                    .map_err(|error| broken(format!("The step of a recovery cannot be read: {error}.")))?;
+                match step {
+                    MachineStep::Prepare { recovery } => {
+                        self.remember(&recovery.spec)?;
+                        json(&self.host.prepare_machine(&recovery)?)
+                    }
+                    MachineStep::Complete { recovery, prepared } => {
+                        json(&self.host.complete_machine(&recovery, &prepared)?)
+                    }
+                    MachineStep::Abandon { recovery, prepared } => {
+                        json(&self.host.abandon_machine(&recovery, &prepared)?)
+                    }
+                }
             }
             command::Kind::ListInventory(wanted) => {
                 let mut machines = self.host.inventory()?;

@@ -13,7 +13,10 @@ use datasource::{
 use disk_image::ImageFormat;
 use disk_image::probe::NewDisk;
 use environment::{Clock, Randomness};
-use model::{Cause, Code, Consistency, HostMachine, JobId, Problem, RecoveryPointId};
+use model::{
+    BaseImage, Cause, Code, CompletedMachine, Consistency, DatasourceId, HostMachine, JobId, MachineRecovery,
+    PreparedMachine, Problem, RecoveryPointId, Unfrozen,
+};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
 use transfer::{
     Connector, DiskOrder, Mode, Sender, SenderError, SenderSettings, Steer, Target, TargetError,
@@ -45,6 +48,21 @@ pub struct Sent {
     pub consistency: Consistency,
     /// Why that far.
     pub evidence: String,
+    /// What else the machine is.
+    pub configuration: String,
+}
+
+/// How a machine is to stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// The consistency to aim at.
+    pub consistency: Consistency,
+    /// What is made of a running machine that cannot be frozen.
+    pub unfrozen: Unfrozen,
+    /// Whether it will be asked again before that.
+    pub may_retry: bool,
+    /// Bytes that the machine is predicted to overwrite meanwhile.
+    pub scratch_bytes: u64,
 }
 
 /// What is to be written where.
@@ -66,6 +84,8 @@ pub struct Receive {
     pub sector: u32,
     /// The disk's description in the point, as JSON.
     pub description: String,
+    /// The image that the file is a difference to; a full image if absent.
+    pub over: Option<BaseImage>,
     /// Whether an existing file may be replaced.
     pub overwrite: bool,
     /// Whether to wait for the target's disk at the end.
@@ -149,7 +169,9 @@ impl Host {
         let mut removed = Vec::new();
         for machine in machines {
             let provider = self.provider(machine);
-            removed.extend(provider.sweep(std::slice::from_ref(machine)).map_err(Problem::from)?.removed);
+            let swept = provider.sweep(std::slice::from_ref(machine)).map_err(Problem::from)?;
+            removed.extend(swept.removed);
+            removed.extend(swept.troubles);
         }
         Ok(removed)
     }
@@ -176,7 +198,7 @@ impl Host {
         job: JobId,
         machine: &MachineSpec,
         orders: Vec<DiskOrder>,
-        wanted: Consistency,
+        wanted: Wanted,
         settings: SenderSettings,
         connector: &mut dyn Connector<ToServer, ToAgent>,
     ) -> Result<Sent, Problem> {
@@ -188,7 +210,14 @@ impl Host {
             Mode::Tracked { base, .. } => serde_json::from_str(base).ok(),
             _ => None,
         });
-        let request = FreezeRequest { job, wanted, since: since.collect() };
+        let request = FreezeRequest {
+            job,
+            wanted: wanted.consistency,
+            unfrozen: wanted.unfrozen,
+            may_retry: wanted.may_retry,
+            scratch_bytes: wanted.scratch_bytes,
+            since: since.collect(),
+        };
         let view = self.provider(machine).freeze(machine, &request).map_err(Problem::from)?;
         if view.disks().len() != orders.len() {
             return Err(Problem::new(
@@ -229,7 +258,36 @@ impl Host {
             description: view.description().clone(),
             consistency: view.consistency(),
             evidence: evidence(&*view),
+            configuration: view.configuration().to_owned(),
         })
+    }
+
+    /// Checks what can be checked before a whole machine is recovered, and says where its disks go.
+    pub fn prepare_machine(&self, recovery: &MachineRecovery) -> Result<PreparedMachine, Problem> {
+        let mut id = [0; 16];
+        self.randomness.fill(&mut id).map_err(|error| {
+            Problem::new(Code::Internal, format!("No random bytes for a machine's identity: {error}."))
+        })?;
+        let provider = self.provider(&machine(&recovery.spec)?);
+        provider.prepare_machine(recovery, DatasourceId(id)).map_err(Problem::from)
+    }
+
+    /// Makes a machine of the disks that were received.
+    pub fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, Problem> {
+        self.provider(&machine(&recovery.spec)?).complete_machine(recovery, prepared).map_err(Problem::from)
+    }
+
+    /// Removes what a recovery made that will not be completed.
+    pub fn abandon_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<(), Problem> {
+        self.provider(&machine(&recovery.spec)?).abandon_machine(recovery, prepared).map_err(Problem::from)
     }
 
     /// Opens a target, waiting a little for another recovery that fills it: one whose server was restarted does not know
@@ -283,6 +341,20 @@ impl Host {
             point: order.point,
             disk: format!("disk{}", order.disk),
             overwrite: order.overwrite,
+            over: order
+                .over
+                .as_ref()
+                .map(|base| -> Result<datasource::BaseImage, Problem> {
+                    Ok(datasource::BaseImage {
+                        path: PathBuf::from(&base.path),
+                        format: base
+                            .format
+                            .parse()
+                            .map_err(|error: String| Problem::new(Code::TargetFormat, format!("{error}.")))?,
+                        allow_backing: base.folders.iter().map(PathBuf::from).collect(),
+                    })
+                })
+                .transpose()?,
         };
         let target = self.free_target(&request)?;
         let device = target.device();

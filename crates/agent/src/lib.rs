@@ -8,6 +8,6 @@ pub mod executor;
 pub mod host;
 
 pub use executor::HostExecutor;
-pub use host::{Host, Receive, Sent};
+pub use host::{Host, Receive, Sent, Wanted};
 
 pub mod connection;

@@ -25,6 +25,12 @@ pub enum ProviderError {
     /// Somebody uses it, and it cannot be frozen in use.
     #[error("{object}: is in use: {reason}")]
     Locked { object: String, reason: String },
+    /// The guest's file systems could not be frozen, and no other view was wanted.
+    #[error("{object}: {reason}")]
+    NotFrozen { object: String, reason: String },
+    /// It is on its way to another host.
+    #[error("{object}: {reason}")]
+    Migrating { object: String, reason: String },
     /// The storage below the source failed.
     #[error("{object}: {reason}")]
     Read { object: String, reason: String },
@@ -57,6 +63,8 @@ impl ProviderError {
             ProviderError::Unsafe { .. } => Code::SourceUnsafe,
             ProviderError::Changed { .. } => Code::SourceChanged,
             ProviderError::Locked { .. } => Code::SourceLocked,
+            ProviderError::NotFrozen { .. } => Code::NotFrozen,
+            ProviderError::Migrating { .. } => Code::Migrating,
             ProviderError::Read { .. } => Code::SourceRead,
             ProviderError::Unsupported { .. } => Code::Unsupported,
             ProviderError::TargetExists { .. } => Code::TargetExists,
@@ -75,6 +83,8 @@ impl ProviderError {
             | ProviderError::Unsafe { object, .. }
             | ProviderError::Changed { object, .. }
             | ProviderError::Locked { object, .. }
+            | ProviderError::NotFrozen { object, .. }
+            | ProviderError::Migrating { object, .. }
             | ProviderError::Read { object, .. }
             | ProviderError::Unsupported { object, .. }
             | ProviderError::TargetExists { object, .. }
@@ -146,6 +156,10 @@ impl ProviderError {
     pub fn from_target_device(object: impl Into<String>, error: &DeviceError) -> ProviderError {
         match error {
             DeviceError::Io { source, .. } => ProviderError::target(object, "write", source),
+            // Only what lies below an overlay is read and watched.
+            DeviceError::Changed { object, reason } => {
+                ProviderError::Changed { object: object.clone(), reason: reason.clone() }
+            }
             _ => ProviderError::TargetWrite { object: object.into(), reason: error.to_string() },
         }
     }

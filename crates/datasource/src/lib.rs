@@ -13,6 +13,7 @@
 //!   it is ever removed (INV-21, S32). (must)
 //! - No name found inside an image is opened outside the folders that were allowed (INV-25). (must)
 //! - Recovery writes under another name until it is done, and never over an existing file unless told to. (must)
+//! - An overlay gets its name only when every file below it was proved to be as it was when it was begun. (must)
 
 mod error;
 pub mod images;
@@ -22,7 +23,7 @@ mod provider;
 mod target;
 
 pub use error::ProviderError;
-pub use images::Images;
+pub use images::{BaseImage, Images};
 #[cfg(unix)]
 pub use libvirt::Libvirt;
 pub use provider::{

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use block_io::{BlockDevice, DeviceError};
-use model::{Consistency, DatasourceId, HostMachine, JobId, RangeSet};
+use model::{
+    CompletedMachine, Consistency, DatasourceId, HostMachine, JobId, MachineRecovery, PreparedMachine,
+    RangeSet, Unfrozen,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{ProviderError, RecoveryTarget, TargetRequest};
@@ -37,6 +40,9 @@ pub struct LibvirtSource {
     /// Disks that are left out, by their names in the machine: `vdb`.
     #[serde(default)]
     pub exclude: Vec<String>,
+    /// Whether the inside of swap partitions is protected, too.
+    #[serde(default)]
+    pub keep_swap: bool,
     /// Who protects it: the pool's id. Two pools may protect one machine, each with checkpoints of its own.
     #[serde(default)]
     pub owner: String,
@@ -108,6 +114,12 @@ pub struct FreezeRequest {
     pub job: JobId,
     /// The consistency to aim at. The view says what it reached; less than wanted is the caller's to judge.
     pub wanted: Consistency,
+    /// What is made of a running machine whose file systems cannot be frozen.
+    pub unfrozen: Unfrozen,
+    /// Whether it will be asked again before that: then there is no view without a freeze, unless trying again is in vain.
+    pub may_retry: bool,
+    /// Bytes that the machine is predicted to overwrite while the view stands; 0 where nothing is known.
+    pub scratch_bytes: u64,
     /// For each disk, in the order of the last look: its description in the view since which changes are wanted.
     pub since: Vec<Option<DiskDescription>>,
 }
@@ -171,6 +183,12 @@ pub trait FrozenView: Send + Sync {
     /// before anything read from the view is committed. May be called often; once it failed it goes on failing.
     fn verify_unchanged(&self) -> Result<(), ProviderError>;
 
+    /// What else the machine was at that moment, text of the provider: its definition, firmware variables. Empty where the
+    /// disks are everything.
+    fn configuration(&self) -> &str {
+        ""
+    }
+
     /// What a failed read of one of the disks means. A file that changed explains every other error: what looks
     /// damaged may only have been half written.
     fn explain(&self, disk: &DiskDescription, error: &DeviceError) -> ProviderError {
@@ -186,6 +204,8 @@ pub trait FrozenView: Send + Sync {
 pub struct Swept {
     /// What was removed, for the log.
     pub removed: Vec<String>,
+    /// What could not be done, for the log; it is tried again by the next sweep.
+    pub troubles: Vec<String>,
     /// What carries our mark and is in use by a living job.
     pub in_use: Vec<String>,
 }
@@ -210,6 +230,29 @@ pub trait Provider: Send + Sync {
 
     /// Begins or continues the recovery of a disk.
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError>;
+
+    /// Checks everything that can be checked before a whole machine is recovered, stops the machine if told to, and says
+    /// where its disks go. `new` is the identity of a machine that gets a new one.
+    fn prepare_machine(
+        &self,
+        recovery: &MachineRecovery,
+        new: DatasourceId,
+    ) -> Result<PreparedMachine, ProviderError>;
+
+    /// Makes a machine of the disks that were received. Until it has succeeded, what was there is as it was; once its one
+    /// deciding step is done, it ends well or the sweep ends it.
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, ProviderError>;
+
+    /// Removes what a recovery made, unless it was completed.
+    fn abandon_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<(), ProviderError>;
 
     /// Removes what crashed jobs left for these machines: only what carries our mark and no living job holds. To be
     /// called at start; may run beside living jobs.

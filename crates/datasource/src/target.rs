@@ -8,6 +8,10 @@
 //! partial file with its state, or the whole file, at worst with a state file that nothing belongs to; the next
 //! recovery to the same place removes that one, even if it is refused because the file is there.
 //!
+//! *By difference*: the image that is there stays as it is, and the partial file is a qcow2 overlay of it. Its state also
+//! holds what the files below it were like, so one that was begun over other bytes is never continued; and before it
+//! gets its name they are proved to have stayed so.
+//!
 //! The state file: one line of JSON and one line with its BLAKE3 hash in hexadecimal.
 
 use std::fs::{File, OpenOptions};
@@ -16,12 +20,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block_io::{DiskFile, WritableDevice};
-use disk_image::ImageFormat;
 use disk_image::probe::{self, NewDisk};
+use disk_image::{ImageError, ImageFormat, qcow2};
 use model::RecoveryPointId;
 use serde::{Deserialize, Serialize};
 
 use crate::ProviderError;
+use crate::images::{BaseImage, BaseState, OpenBase};
 
 /// What is to be recovered where.
 #[derive(Debug, Clone)]
@@ -38,6 +43,8 @@ pub struct TargetRequest {
     pub disk: String,
     /// Whether an existing file, and a partial file of another recovery, may be replaced.
     pub overwrite: bool,
+    /// The image to write a qcow2 overlay over; without it the file holds the whole disk.
+    pub over: Option<BaseImage>,
 }
 
 /// A recovery in progress. Dropping it leaves the partial file, to be continued.
@@ -49,6 +56,8 @@ pub struct RecoveryTarget {
     is_raw: bool,
     fresh: bool,
     device: Arc<dyn WritableDevice>,
+    /// What the file is an overlay of.
+    base: Option<OpenBase>,
     /// Held while this recovery lives, so that no second one fills the same file.
     _lock: File,
 }
@@ -63,27 +72,46 @@ struct State {
     size: u64,
     sector: u32,
     fixed: bool,
+    /// What it is an overlay of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<BaseState>,
 }
 
-/// More than any state file has.
-const STATE_LIMIT: u64 = 64 * 1024;
+/// More than any state file has, that of an overlay of the longest chain included.
+const STATE_LIMIT: u64 = 1 << 20;
 
 impl State {
-    fn of(request: &TargetRequest) -> State {
+    fn of(request: &TargetRequest, base: Option<&OpenBase>) -> State {
         State {
-            version: 1,
+            // Whoever knows version 1 only must not take an overlay for the whole disk.
+            version: if base.is_some() { 2 } else { 1 },
             point: request.point,
             disk: request.disk.clone(),
             format: request.format.word().to_owned(),
             size: request.new.size,
             sector: request.new.logical_sector_size,
             fixed: request.new.fixed,
+            base: base.map(OpenBase::state),
         }
     }
 
     fn encode(&self) -> io::Result<Vec<u8>> {
         let body = serde_json::to_string(self)?;
         Ok(format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex()).into_bytes())
+    }
+
+    /// What a partial file is instead of `wanted`, for a person.
+    fn differs_from(&self, wanted: &State) -> String {
+        let part = format!("holds a part of disk {} of point {}", self.disk, self.point);
+        match (&self.base, &wanted.base) {
+            (Some(old), Some(new)) if old.path == new.path && old != new => format!(
+                "{part} over {} as it was before somebody wrote to it, and cannot be continued; remove it",
+                old.path
+            ),
+            (Some(old), _) => format!("{part} over {}", old.path),
+            (None, Some(_)) => format!("{part}, not over another image"),
+            (None, None) => part,
+        }
     }
 
     fn decode(bytes: &[u8]) -> Option<State> {
@@ -154,6 +182,8 @@ impl RecoveryTarget {
         }
         let partial = beside(&request.path, ".partial");
         let state = beside(&request.path, ".partial.state");
+        let base =
+            request.over.as_ref().map(|base| open_base(request, base, [&partial, &state])).transpose()?;
 
         let mut lock = lock_state(&state).map_err(failed("make its state file"))?.ok_or_else(|| {
             ProviderError::TargetBusy {
@@ -163,13 +193,13 @@ impl RecoveryTarget {
         })?;
         let mut found = Vec::new();
         (&mut lock).take(STATE_LIMIT).read_to_end(&mut found).map_err(failed("read its state file"))?;
-        let wanted = State::of(request);
+        let wanted = State::of(request, base.as_ref());
         let known = State::decode(&found);
         let has_partial = exists(&partial).map_err(failed("look at its partial file"))?;
         if has_partial && known.as_ref() != Some(&wanted) {
             if !request.overwrite {
                 let reason = match &known {
-                    Some(other) => format!("holds a part of disk {} of point {}", other.disk, other.point),
+                    Some(other) => other.differs_from(&wanted),
                     None => "exists, and no intact state file says what it is".to_owned(),
                 };
                 if known.is_none() && found.is_empty() {
@@ -196,7 +226,7 @@ impl RecoveryTarget {
                 });
             }
             let file = DiskFile::open(&partial).map_err(failed("open its partial file"))?;
-            let opened = probe::open_writer(request.format, Arc::new(file), request.new.logical_sector_size);
+            let opened = open_writer(request, base.as_ref(), Arc::new(file));
             match opened {
                 Ok(writer) if writer.size() == request.new.size => device = Some(writer),
                 // It was cut off before it was an image; nothing is lost with it.
@@ -205,12 +235,12 @@ impl RecoveryTarget {
                 }
             }
         }
-        let fresh = device.is_none();
+        let fresh = device.is_none() && base.is_none();
         let device = match device {
             Some(device) => device,
             None => {
                 let file = DiskFile::create(&partial).map_err(failed("make its partial file"))?;
-                let made = probe::create_writer(request.format, Arc::new(file), &request.new);
+                let made = create_writer(request, base.as_ref(), Arc::new(file));
                 match made {
                     Ok(writer) => writer,
                     Err(error) => {
@@ -230,6 +260,7 @@ impl RecoveryTarget {
             is_raw: request.format == ImageFormat::Raw,
             fresh,
             device: Arc::from(device),
+            base,
             _lock: lock,
         })
     }
@@ -239,7 +270,7 @@ impl RecoveryTarget {
         self.device.clone()
     }
 
-    /// Whether the disk is known to read as zeros everywhere: nothing was continued.
+    /// Whether the disk is known to read as zeros everywhere: nothing was continued, and it lies over no other image.
     pub fn fresh(&self) -> bool {
         self.fresh
     }
@@ -261,6 +292,9 @@ impl RecoveryTarget {
             return self.finish_name(false);
         }
         self.device.flush().map_err(|error| ProviderError::from_target_device(shown, &error))?;
+        if let Some(base) = &self.base {
+            base.verify_unchanged()?;
+        }
         self.finish_name(sync)
     }
 
@@ -291,6 +325,53 @@ impl RecoveryTarget {
     }
 }
 
+/// Opens what the target is to be an overlay of. None of its files may be one that the recovery writes or replaces.
+fn open_base(request: &TargetRequest, base: &BaseImage, ours: [&Path; 2]) -> Result<OpenBase, ProviderError> {
+    if request.format != ImageFormat::Qcow2 {
+        return Err(ProviderError::TargetFormat {
+            object: request.path.display().to_string(),
+            reason: format!(
+                "an overlay is a qcow2 image, and the format {} was asked for",
+                request.format.word()
+            ),
+        });
+    }
+    let opened = OpenBase::open(base)?;
+    for path in [request.path.as_path()].into_iter().chain(ours) {
+        if opened.holds(path) {
+            return Err(ProviderError::TargetExists {
+                object: path.display().to_string(),
+                reason: format!(
+                    "is {} itself, or a file below it, which must stay as it is; choose another name",
+                    base.path.display()
+                ),
+            });
+        }
+    }
+    Ok(opened)
+}
+
+fn create_writer(
+    request: &TargetRequest,
+    base: Option<&OpenBase>,
+    file: Arc<DiskFile>,
+) -> Result<Box<dyn WritableDevice>, ImageError> {
+    let Some(base) = base else { return probe::create_writer(request.format, file, &request.new) };
+    let options = qcow2::CreateOptions::new(request.new.size);
+    Ok(Box::new(qcow2::Writer::create_overlay(file, options, base.base())?))
+}
+
+fn open_writer(
+    request: &TargetRequest,
+    base: Option<&OpenBase>,
+    file: Arc<DiskFile>,
+) -> Result<Box<dyn WritableDevice>, ImageError> {
+    let Some(base) = base else {
+        return probe::open_writer(request.format, file, request.new.logical_sector_size);
+    };
+    Ok(Box::new(qcow2::Writer::open_overlay(file, base.base())?))
+}
+
 /// Removes the state file of a recovery that was cut off after the file had got its name. Only one that we wrote, and
 /// that nobody holds; what stands in the way stays.
 fn sweep_state(path: &Path) {
@@ -306,6 +387,13 @@ fn sweep_state(path: &Path) {
     if is_ours && exists(&partial).is_ok_and(|it| !it) {
         let _ = std::fs::remove_file(&state);
     }
+}
+
+/// Whether a recovery is writing the file of this name now.
+#[cfg(unix)]
+pub(crate) fn is_being_filled(path: &Path) -> bool {
+    let state = beside(path, ".partial.state");
+    exists(&state).is_ok_and(|it| it) && matches!(lock_state(&state), Ok(None))
 }
 
 /// Opens or makes the state file and locks it; `None` if another recovery holds it.

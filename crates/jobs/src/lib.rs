@@ -9,6 +9,8 @@
 //! - [`decide`]: what a run reads and why: a pure function with its cause chain.
 //! - [`synchronize`]: initial replication, synchronisation and consistency check: the same pipe with other decisions.
 //! - [`recover`]: a disk of a point to a host.
+//! - [`machine`]: a whole machine of a point to a host.
+//! - [`scratch`]: what a view will need on its host.
 //! - [`keep`]: verify, prune, reclaim.
 //! - [`problem`]: what each error of the rooms below means to a person.
 //!
@@ -19,9 +21,11 @@
 
 pub mod decide;
 pub mod keep;
+pub mod machine;
 pub mod port;
 pub mod problem;
 pub mod recover;
+pub mod scratch;
 mod store;
 pub mod synchronize;
 

@@ -1,8 +1,12 @@
 //! The port to hosts, and what a running job tells its surroundings.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use model::{Consistency, DatasourceId, HostMachine, JobId, Problem, RecoveryPointId};
+use model::{
+    BaseImage, CompletedMachine, Consistency, DatasourceId, HostMachine, JobId, MachineRecovery,
+    PreparedMachine, Problem, RecoveryPointId, Unfrozen,
+};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
 use transfer::{DiskOrder, Link, LinkError, Steer};
 
@@ -17,6 +21,12 @@ pub struct Machine {
     pub host: String,
     /// The provider's definition of it: text that only the host reads.
     pub definition: String,
+    /// What is made of it when it runs and its file systems cannot be frozen.
+    pub unfrozen: Unfrozen,
+    /// How long to wait before each of two more attempts to freeze it.
+    pub freeze_wait: Duration,
+    /// What became of it since its newest point, for the cause of the next one: that it moved to another host.
+    pub news: Option<String>,
 }
 
 /// A disk as its host sees it.
@@ -50,6 +60,10 @@ pub struct SendOrder {
     pub disks: Vec<DiskOrder>,
     /// The consistency to aim at.
     pub wanted: Consistency,
+    /// Whether the order is given again if the machine cannot be frozen now.
+    pub may_retry: bool,
+    /// Bytes that the machine is predicted to overwrite while its view stands; 0 if nothing is known.
+    pub scratch_bytes: u64,
     /// Cancels and throttles.
     pub steer: Steer,
 }
@@ -63,6 +77,8 @@ pub struct SentView {
     pub consistency: Consistency,
     /// Why that far.
     pub evidence: String,
+    /// What else the machine is, text that only a host reads; empty where there is nothing.
+    pub configuration: String,
 }
 
 /// The server's end of a link to a sending agent.
@@ -99,6 +115,8 @@ pub struct ReceiveOrder {
     pub sector: u32,
     /// The disk's description in the point.
     pub description: String,
+    /// The image that the file is a difference to; a full image if absent.
+    pub over: Option<BaseImage>,
     /// Whether an existing file may be replaced.
     pub overwrite: bool,
     /// Whether to wait for the target's disk at the end.
@@ -127,6 +145,16 @@ pub trait ProtectedHost: Send + Sync {
     fn send(&self, order: SendOrder) -> Result<Box<dyn Sending>, Problem>;
     /// Begins or continues the recovery of a disk into a file.
     fn receive(&self, order: ReceiveOrder) -> Result<Box<dyn Receiving>, Problem>;
+    /// Checks what can be checked before a whole machine is recovered, and says where its disks go.
+    fn prepare_machine(&self, recovery: &MachineRecovery) -> Result<PreparedMachine, Problem>;
+    /// Makes a machine of the disks that were received. Until this is done, what was there is as it was.
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, Problem>;
+    /// Removes what a recovery made that will not be completed.
+    fn abandon_machine(&self, recovery: &MachineRecovery, prepared: &PreparedMachine) -> Result<(), Problem>;
 }
 
 /// How much a line of a job's log matters.
@@ -152,6 +180,8 @@ pub trait JobContext: Send + Sync {
     fn progress(&self, done: u64, transferred: u64, stored: u64, deduplicated: u64);
     /// A line for the job's log.
     fn log(&self, level: LogLevel, line: String);
+    /// Waits, unless the job is cancelled meanwhile.
+    fn wait(&self, duration: Duration) -> Result<(), Problem>;
     /// Something people must know beyond this job.
     fn alert(&self, problem: Problem);
 }

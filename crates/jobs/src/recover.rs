@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block_io::{BlockDevice, ByteRange, DeviceError, Pace};
-use model::{Code, Consistency, PointState, Problem, RangeSet};
+use model::{BaseImage, Code, Consistency, PointState, Problem, RangeSet};
 use storage_pool::state::{Point, State};
 use storage_pool::{PointDevice, Pool};
 use transfer::{BlockHash, Delivered, Delivery, DeliverySettings, Figures, LinkError, PointDisk, Progress};
@@ -22,6 +22,8 @@ pub struct Recovery {
     pub path: String,
     /// Its format.
     pub format: String,
+    /// The image that the file is a difference to; a full image if absent.
+    pub over: Option<BaseImage>,
     /// Whether an existing file may be replaced.
     pub overwrite: bool,
     /// Whether the target's disk is waited for.
@@ -75,15 +77,13 @@ impl Progress for Reported<'_> {
     }
 }
 
-/// Runs a recovery.
-pub fn run(
-    pool: &Arc<Pool>,
-    host: &dyn ProtectedHost,
-    recovery: &Recovery,
-    context: &dyn JobContext,
-) -> Result<Recovered, Problem> {
-    let point = &recovery.point;
-    if let Some(least) = recovery.min_consistency
+/// Refuses a point that is less than asked for, or suspect.
+pub(crate) fn check_usable(
+    point: &Point,
+    min_consistency: Option<Consistency>,
+    accept_damage: bool,
+) -> Result<(), Problem> {
+    if let Some(least) = min_consistency
         && point.consistency < least
     {
         return Err(Problem::new(
@@ -98,7 +98,7 @@ pub fn run(
         .hint("Choose another point, or a lower --min-consistency."));
     }
     if let Some(reason) = &point.suspect
-        && !recovery.accept_damage
+        && !accept_damage
     {
         return Err(Problem::new(
             Code::PointNotUsable,
@@ -106,8 +106,20 @@ pub fn run(
         )
         .about(point.id.to_string()));
     }
+    Ok(())
+}
+
+/// Runs a recovery.
+pub fn run(
+    pool: &Arc<Pool>,
+    host: &dyn ProtectedHost,
+    recovery: &Recovery,
+    context: &dyn JobContext,
+) -> Result<Recovered, Problem> {
+    let point = &recovery.point;
+    check_usable(point, recovery.min_consistency, recovery.accept_damage)?;
     let found =
-        point.disks.iter().zip(point.details().descriptions).find(|(disk, _)| disk.index == recovery.disk);
+        point.machine_disks().zip(point.details().descriptions).find(|(disk, _)| disk.index == recovery.disk);
     let (disk, description) = found.ok_or_else(|| {
         Problem::new(
             Code::NotFound,
@@ -115,7 +127,7 @@ pub fn run(
                 "Recovery point {} has no disk {}; it has {} disks, from 0.",
                 point.id,
                 recovery.disk,
-                point.disks.len()
+                point.machine_disks().count()
             ),
         )
     })?;
@@ -129,6 +141,7 @@ pub fn run(
         size: disk.size,
         sector: disk.sector,
         description,
+        over: recovery.over.clone(),
         overwrite: recovery.overwrite,
         sync: recovery.sync,
         steer: context.steer().clone(),
@@ -211,6 +224,10 @@ impl BlockDevice for PoolDisk {
 impl PointDisk for PoolDisk {
     fn read_hashed(&self, first: u64, buf: &mut [u8]) -> Result<Vec<BlockHash>, DeviceError> {
         Ok(self.0.read_hashed(first, buf)?.into_iter().map(BlockHash).collect())
+    }
+
+    fn is_equal(&self, block: u64, hash: Option<&BlockHash>) -> Result<bool, DeviceError> {
+        self.0.is_equal(block, hash.map(|hash| &hash.0))
     }
 
     fn will_read(&self, blocks: std::ops::Range<u64>) {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use model::{BLOCK_BYTES, ByteRange, Code, Consistency, Problem, RangeSet, RecoveryPointId, Timestamp};
-use storage_pool::state::{Point, State};
+use storage_pool::state::{CONFIGURATION, Point, State};
 use storage_pool::{FullCompare, Ingest, MapRoot, NewDisk, NewPoint, Pool};
 use transfer::{
     Differences, DiskOrder, ExpectedDisk, ExpectedMode, Figures, Mode, Progress, Reception, Served,
@@ -17,6 +17,7 @@ use transfer::{
 use crate::decide::{self, Plan, Read, Refusal, Replica, ReplicaDisk, Wish};
 use crate::port::{JobContext, LogLevel, Machine, MachineView, ProtectedHost, SendOrder};
 use crate::problem;
+use crate::scratch::{Churn, VIEW_MILLIS};
 use crate::store::{PoolStore, StoreDisk};
 
 /// Document of the pool that says up to which record no point may be the base of a change list: set when a pool was
@@ -56,7 +57,7 @@ pub fn replica(pool: &Arc<Pool>, machine: model::DatasourceId) -> Result<Option<
     };
     let mut disks = BTreeMap::new();
     let mut descriptions = point.details().descriptions.into_iter();
-    for disk in &point.disks {
+    for disk in point.machine_disks() {
         let map = MapRoot { root: disk.root, levels: disk.levels };
         let lost = pool.lost_blocks(point.domain, map).map_err(problem::pool)?;
         // A lost node is a part of the map that cannot be built upon.
@@ -180,15 +181,48 @@ impl Progress for Reported<'_> {
     }
 }
 
+/// How often a machine is tried to be frozen again before its datasource's choice counts.
+pub const FREEZE_RETRIES: u32 = 2;
+
 /// Runs a wish to a committed point.
+///
+/// A machine that cannot be frozen is tried again twice; then what its datasource chose for that counts.
 pub fn run(
     pool: &Arc<Pool>,
     host: &dyn ProtectedHost,
     machine: &Machine,
     wish: &Wish,
-    captured: Timestamp,
+    now: &dyn Fn() -> Timestamp,
     context: &dyn JobContext,
 ) -> Result<Outcome, Problem> {
+    for left in (1..=FREEZE_RETRIES).rev() {
+        match run_once(pool, host, machine, wish, now, true, context) {
+            Err(problem) if problem.code == Code::NotFrozen => {
+                let again = format!(
+                    "{} Trying again in {} s; {left} attempts are left.",
+                    problem.message,
+                    machine.freeze_wait.as_secs()
+                );
+                context.log(LogLevel::Warning, again);
+                context.phase("waiting for the guest", None);
+                context.wait(machine.freeze_wait)?;
+            }
+            other => return other,
+        }
+    }
+    run_once(pool, host, machine, wish, now, false, context)
+}
+
+fn run_once(
+    pool: &Arc<Pool>,
+    host: &dyn ProtectedHost,
+    machine: &Machine,
+    wish: &Wish,
+    now: &dyn Fn() -> Timestamp,
+    may_retry: bool,
+    context: &dyn JobContext,
+) -> Result<Outcome, Problem> {
+    let captured = now();
     let (_, view, seen) = plan(pool, host, machine, wish)?;
     let domain = match &seen {
         Some(point) => point.domain,
@@ -250,8 +284,11 @@ pub fn run(
         machine: machine.clone(),
         disks: orders.collect(),
         wanted: Consistency::Application,
+        may_retry,
+        scratch_bytes: scratch_bytes(pool, machine, &view, &plan),
         steer: context.steer().clone(),
     };
+    let began = now();
     let mut sending = host.send(order)?;
     let expected = view.disks.iter().zip(&plan.disks).map(|(disk, planned)| ExpectedDisk {
         size: disk.size,
@@ -335,7 +372,7 @@ pub fn run(
     }
 
     let was_full = full_reason.is_some();
-    let cause = match &full_reason {
+    let mut cause = match &full_reason {
         Some(reason) => {
             let mut because = vec![format!("audit: {reason}")];
             because.push(format!("the plan was: {}", plan.cause));
@@ -343,6 +380,7 @@ pub fn run(
         }
         None => plan.cause.clone(),
     };
+    cause.because.extend(machine.news.clone());
     let PoolStore { ingest, disks, .. } = store;
     let mut new_disks = Vec::new();
     let mut nodes = ingest.nodes();
@@ -363,6 +401,10 @@ pub fn run(
             audit_next: figures.next_rotations.get(index).copied().unwrap_or(0),
             full_compare: if compared { FullCompare::Now } else { FullCompare::At(before) },
         });
+    }
+    if !sent.configuration.is_empty() {
+        let text = sent.configuration.as_bytes();
+        new_disks.push(ingest.put_text(CONFIGURATION, text).map_err(problem::pool)?);
     }
     ingest.settle().map_err(problem::pool)?;
     if matches!(wish, Wish::Protect) {
@@ -395,7 +437,7 @@ pub fn run(
         evidence: sent.evidence,
         cause,
         job: Some(context.id()),
-        figures: figure_map(&figures, stored),
+        figures: figure_map(&figures, stored, now().since(began) / (Timestamp::SECOND / 1000)),
         definition: machine.definition.clone(),
         incomplete: false,
     };
@@ -415,7 +457,7 @@ pub fn run(
 /// Points of a machine that were made from change lists since everything was last read.
 fn points_in_doubt(pool: &Pool, machine: model::DatasourceId) -> Vec<RecoveryPointId> {
     let state = pool.state();
-    let is_full = |point: &&Point| point.disks.iter().all(|disk| disk.full_compare == Some(point.id));
+    let is_full = |point: &&Point| point.machine_disks().all(|disk| disk.full_compare == Some(point.id));
     let newest_full = state.in_order().rev().filter(|point| point.datasource == machine).find(is_full);
     let proved_up_to = newest_full.map_or(0, |point| point.number);
     let since: Vec<&Point> =
@@ -428,8 +470,25 @@ fn points_in_doubt(pool: &Pool, machine: model::DatasourceId) -> Vec<RecoveryPoi
     doubtful
 }
 
-fn figure_map(figures: &Figures, stored: u64) -> BTreeMap<String, u64> {
+/// What the view will need on its host, as far as earlier points tell.
+fn scratch_bytes(pool: &Pool, machine: &Machine, view: &MachineView, plan: &Plan) -> u64 {
+    let state = pool.state();
+    let points = state.in_order().filter(|point| point.datasource == machine.id && point.deleted.is_none());
+    let Some(churn) = Churn::measured(points) else { return 0 };
+    let size = view.disks.iter().map(|disk| disk.size).sum();
+    let last = state.in_order().rev().find(|point| point.datasource == machine.id);
+    let changed = last.and_then(|point| point.details().figures.get("bytes_read").copied()).unwrap_or(size);
+    let read = view.disks.iter().zip(&plan.disks).map(|(disk, planned)| match &planned.read {
+        Read::Full => disk.size,
+        Read::Extents(list) => list.bytes(),
+        Read::Tracked { .. } => changed.min(disk.size),
+    });
+    churn.scratch(size, read.sum())
+}
+
+fn figure_map(figures: &Figures, stored: u64, view_millis: u64) -> BTreeMap<String, u64> {
     [
+        (VIEW_MILLIS, view_millis),
         ("bytes_logical", figures.bytes_logical),
         ("bytes_listed", figures.bytes_listed),
         ("bytes_read", figures.bytes_read),

@@ -8,9 +8,13 @@ use std::sync::Arc;
 use environment::simulated::ReadFault;
 use fabric::{BLOCK, Fabric, Fault, Lost, Tracker, blocks, content, list, settings};
 use jobs::decide::Wish;
+use jobs::machine::{StoredDisk, WholeMachine};
 use jobs::synchronize::{DOUBT_DOCUMENT, differing_bytes};
 use jobs::{Machine, keep};
-use model::{BLOCK_BYTES, Code, Consistency, DatasourceId, RangeSet, RecoveryPointId};
+use model::{
+    BLOCK_BYTES, Code, Consistency, DatasourceId, Identity, Network, Place, RangeSet, RecoveryPointId,
+    Unfrozen,
+};
 use storage_pool::Settings;
 
 fn nothing() -> RangeSet {
@@ -685,5 +689,77 @@ fn a_pack_of_which_nobody_knows_what_it_holds_is_never_reclaimed() {
     fabric.files.clear_faults();
     fabric.lost = Lost::None;
     fabric.reopen();
+    fabric.examine();
+}
+
+#[test]
+fn a_machine_is_made_of_a_points_disks_and_definition_or_everything_is_as_it_was() {
+    let mut fabric = Fabric::seeded(41).disk(12).disk(6);
+    fabric.host.configure("{}");
+    let first = fabric.protect().point;
+    assert_eq!(first.disks.len(), 3, "two disks and the configuration");
+    assert_eq!(first.machine_disks().count(), 2);
+    fabric.host.write(0, 5, 77);
+    let list = [(0, list(&[5..6])), (1, nothing())];
+    let second = fabric.listed(&list, Some(first.id)).unwrap().point;
+    // What did not change is stored once.
+    assert_eq!(first.configuration().unwrap().root, second.configuration().unwrap().root);
+    fabric.examine();
+
+    let whole = |point: &storage_pool::state::Point, place: Place| WholeMachine {
+        point: point.clone(),
+        place,
+        name: None,
+        identity: Identity::Keep,
+        network: Network::Keep,
+        start: false,
+        min_consistency: None,
+        pace: None,
+        compress: None,
+    };
+    let elsewhere = Place::Elsewhere { folder: None, format: None };
+    let original = Place::Original { stop: None };
+    let recovered = fabric.recover_machine(&whole(&first, elsewhere.clone())).unwrap();
+    assert_eq!(recovered.files, ["/disks/0", "/disks/1"]);
+    assert_eq!(fabric.host.steps(), ["prepare {} [(12, 1), (6, 0)]", "complete"]);
+    let (one, many) = (StoredDisk::of(&first, 0), StoredDisk::of(&second, 0));
+    let differing = jobs::machine::differing(fabric.pool(), one, many).unwrap();
+    assert_eq!(differing, [blocks(5..6)].into_iter().collect());
+
+    // A part of a large disk is worth keeping where nothing is in its way; beside an original nothing stays.
+    fabric.host.refuse_completion(true);
+    for (place, last) in [(elsewhere.clone(), "complete"), (original.clone(), "abandon")] {
+        assert_eq!(fabric.recover_machine(&whole(&first, place)).unwrap_err().code, Code::TargetWrite);
+        assert_eq!(fabric.host.steps().last().unwrap(), last);
+    }
+    fabric.host.refuse_completion(false);
+    let asked = WholeMachine { min_consistency: Some(Consistency::Application), ..whole(&first, original) };
+    let level = first.consistency;
+    assert_eq!(fabric.recover_machine(&asked).is_err(), level < Consistency::Application);
+
+    // A point of a host that keeps no definition has disks, and no machine.
+    fabric.host.configure("");
+    let bare = fabric.check().point;
+    assert_eq!(bare.configuration(), None);
+    let told = fabric.recover_machine(&whole(&bare, elsewhere)).unwrap_err();
+    assert!(told.message.contains("definition") && told.hint.contains("recover disk"));
+    fabric.examine();
+}
+
+/// S24: two more attempts, then what was chosen.
+#[test]
+fn a_machine_that_cannot_be_frozen_is_tried_again_twice_and_then_what_was_chosen_counts() {
+    let mut fabric = Fabric::seeded(42).disk(4);
+    fabric.protect();
+    fabric.host.stay_thawed();
+    fabric.machine.unfrozen = Unfrozen::Fail;
+    let sync = Wish::Synchronize { lists: [].into(), since: None, full_scan: false };
+    assert_eq!(fabric.run(&sync).unwrap_err().code, Code::NotFrozen);
+    let waits = |fabric: &Fabric| fabric.lines.iter().filter(|line| *line == "waits 300 s").count();
+    assert_eq!(waits(&fabric), 2, "{:?}", fabric.lines);
+    fabric.machine.unfrozen = Unfrozen::Crash;
+    fabric.run(&sync).unwrap();
+    assert_eq!(waits(&fabric), 2, "{:?}", fabric.lines);
+    assert!(fabric.lines.iter().any(|line| line.contains("1 attempts are left")), "{:?}", fabric.lines);
     fabric.examine();
 }

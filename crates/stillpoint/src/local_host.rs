@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use agent::{Host, Receive};
+use agent::{Host, Receive, Wanted};
 use jobs::port::{AgentEnd, TargetEnd};
 use jobs::{
     DiskView, Machine, MachineView, ProtectedHost, ReceiveOrder, Receiving, SendOrder, Sending, SentView,
 };
-use model::{Code, HostId, Problem};
+use model::{Code, CompletedMachine, HostId, MachineRecovery, PreparedMachine, Problem};
 use server::app::Hosts;
 use transfer::{Connector, Link, LinkError, SenderSettings};
 
@@ -181,7 +181,12 @@ impl ProtectedHost for LocalHost {
                 order.job,
                 &machine,
                 order.disks,
-                order.wanted,
+                Wanted {
+                    consistency: order.wanted,
+                    unfrozen: order.machine.unfrozen,
+                    may_retry: order.may_retry,
+                    scratch_bytes: order.scratch_bytes,
+                },
                 SenderSettings::default(),
                 &mut connector,
             )?;
@@ -189,6 +194,7 @@ impl ProtectedHost for LocalHost {
                 view: view(&sent.description)?,
                 consistency: sent.consistency,
                 evidence: sent.evidence,
+                configuration: sent.configuration,
             })
         })?;
         Ok(Box::new(LocalSending { link: Some(Arc::new(server_end)), given: None, worker }))
@@ -206,6 +212,7 @@ impl ProtectedHost for LocalHost {
             size: order.size,
             sector: order.sector,
             description: order.description,
+            over: order.over,
             overwrite: order.overwrite,
             sync: order.sync,
         };
@@ -213,6 +220,22 @@ impl ProtectedHost for LocalHost {
             host.receive(&order, &mut OneLink(Some(Box::new(agent_end))))
         })?;
         Ok(Box::new(LocalReceiving { link: Some(Arc::new(server_end)), given: None, worker }))
+    }
+
+    fn prepare_machine(&self, recovery: &MachineRecovery) -> Result<PreparedMachine, Problem> {
+        self.host.prepare_machine(recovery)
+    }
+
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, Problem> {
+        self.host.complete_machine(recovery, prepared)
+    }
+
+    fn abandon_machine(&self, recovery: &MachineRecovery, prepared: &PreparedMachine) -> Result<(), Problem> {
+        self.host.abandon_machine(recovery, prepared)
     }
 }
 

@@ -142,6 +142,7 @@ impl Program for Stillpoint {
             point: point.unwrap_or(RecoveryPointId(digest)),
             disk: options.content.clone(),
             overwrite: options.overwrite,
+            over: None,
         };
         let target = Images::new().recovery_target(&request).map_err(Problem::from)?;
         Ok(Box::new(FileTarget { device: target.device(), target, path: options.path.display().to_string() }))

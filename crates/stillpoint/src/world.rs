@@ -33,6 +33,7 @@ pub fn libvirt() -> datasource::libvirt::Settings {
         settings.socket = socket;
     }
     settings.scratch = path("STILLPOINT_SCRATCH");
+    settings.monitor = std::env::var_os("STILLPOINT_LIBVIRT_MONITOR").is_none_or(|value| value != "off");
     settings.program = std::env::current_exe().ok();
     settings
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use block_io::{BlockDevice, FileDevice};
-use model::{Consistency, JobId};
+use model::{Consistency, DatasourceId, JobId};
 
 use super::formats;
 use super::parents::{Chain, Opener};
@@ -16,8 +16,8 @@ use super::parents::{Chain, Opener};
 use super::scratch;
 use super::sys::{self, OpenSource, Stamp};
 use crate::{
-    Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImagesSource,
-    MachineDescription, MachineSpec, ProviderError,
+    Changed, DiskDescription, FreezeMethod, FrozenDisk, FrozenView, ImageSource, ImagesSource,
+    MachineDescription, MachineSpec, ProviderError, Source,
 };
 
 /// How often a view is tried while the files change under it.
@@ -37,6 +37,18 @@ pub struct ImagesView {
     watched: Vec<(OpenSource, Stamp)>,
     /// The first change that was seen.
     changed: Mutex<Option<(String, String)>>,
+}
+
+impl ImagesView {
+    /// In place: the files of the view with their stamps at the beginning.
+    pub(super) fn watched(&self) -> impl Iterator<Item = (&Path, &Stamp)> {
+        self.watched.iter().map(|(source, stamp)| (source.path.as_path(), stamp))
+    }
+
+    /// In place: who may write to the files now, for a person.
+    pub(super) fn writer(&self) -> Result<Option<String>, ProviderError> {
+        writer_of(&self.watched.iter().map(|(source, _)| source).collect::<Vec<_>>())
+    }
 }
 
 impl FrozenView for ImagesView {
@@ -273,26 +285,40 @@ fn moved(sources: &[OpenSource], before: &[(Stamp, bool)], after: &[(Stamp, bool
 }
 
 fn writer(sources: &[OpenSource]) -> Result<Option<String>, ProviderError> {
-    let sources: Vec<&OpenSource> = sources.iter().collect();
-    sys::writer_of(&sources).map_err(|error| {
+    writer_of(&sources.iter().collect::<Vec<_>>())
+}
+
+fn writer_of(sources: &[&OpenSource]) -> Result<Option<String>, ProviderError> {
+    sys::writer_of(sources).map_err(|error| {
         let object = sources.first().map(|source| source.path.display().to_string()).unwrap_or_default();
         ProviderError::source(object, "find out who uses it", &error)
     })
 }
 
-/// A view of all disks at one moment.
+/// A view in place of one image, which something is to be made over.
+pub(super) fn stand(image: &ImageSource, allow_backing: &[PathBuf]) -> Result<ImagesView, ProviderError> {
+    let images = ImagesSource { disks: vec![image.clone()], allow_backing: allow_backing.to_vec() };
+    let machine = MachineSpec {
+        id: DatasourceId([0; 16]),
+        name: image.path.display().to_string(),
+        source: Source::Images(images.clone()),
+    };
+    freeze(&machine, &images, Err("an overlay is made over the image itself"))
+}
+
+/// A view of all disks at one moment: in clones made for a job, or in place, with the reason why there are to be no
+/// clones.
 pub(super) fn freeze(
     machine: &MachineSpec,
     images: &ImagesSource,
-    request: &FreezeRequest,
-    never_reflink: bool,
+    clones: Result<JobId, &str>,
 ) -> Result<ImagesView, ProviderError> {
     let mut last = None;
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {
             std::thread::sleep(TICKS * attempt);
         }
-        match try_freeze(machine, images, request, never_reflink) {
+        match try_freeze(machine, images, clones) {
             Err(error @ ProviderError::Changed { .. }) => last = Some(error),
             result => return result,
         }
@@ -306,15 +332,11 @@ pub(super) fn freeze(
 fn try_freeze(
     machine: &MachineSpec,
     images: &ImagesSource,
-    request: &FreezeRequest,
-    never_reflink: bool,
+    clones: Result<JobId, &str>,
 ) -> Result<ImagesView, ProviderError> {
     let paths = true_paths(images, machine)?;
-    let finding = Arc::new(Finding {
-        clones: (!never_reflink).then_some(request.job),
-        in_place: AtomicBool::new(false),
-        found: Mutex::default(),
-    });
+    let finding =
+        Arc::new(Finding { clones: clones.ok(), in_place: AtomicBool::new(false), found: Mutex::default() });
     let opener: Arc<dyn Opener> = finding.clone();
     let found = open_disks(images, &paths, &opener);
     let sources: Vec<OpenSource> =
@@ -335,10 +357,9 @@ fn try_freeze(
 
     let before = look_at_rest(&sources)?;
     let in_use = writer(&sources)?;
-    let because = if never_reflink {
-        "reflinks are switched off".to_owned()
-    } else {
-        match clone_all(&sources, request.job) {
+    let because = match clones {
+        Err(because) => because.to_owned(),
+        Ok(job) => match clone_all(&sources, job) {
             Ok(clones) => {
                 let moved = moved(&sources, &before, &look(&sources)?);
                 if let [_, (object, reason), ..] = moved.as_slice() {
@@ -358,7 +379,7 @@ fn try_freeze(
                 });
             }
             Err(because) => because,
-        }
+        },
     };
 
     if let Some(reason) = in_use {

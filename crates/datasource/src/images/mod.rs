@@ -23,9 +23,12 @@
 //!
 //! **References** ([`parents`]) are followed only into the image's own folder and folders that were allowed.
 //!
+//! **Overlays** ([`base`]): the image that a disk is recovered over is a view in place as well, and gets the same proof.
+//!
 //! Clones and leftovers: a clone has no name, or loses it at once where the file system insists on one; a crash in
 //! between leaves `.stillpoint-frozen-<job>-<n>`, held by a lock while its process lives and swept by name after.
 
+mod base;
 mod formats;
 mod freeze;
 mod parents;
@@ -37,8 +40,12 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
+pub use base::BaseImage;
+pub(crate) use base::{BaseState, OpenBase};
 pub use freeze::ImagesView;
 pub use scratch::MARK;
+
+use model::{CompletedMachine, DatasourceId, MachineRecovery, PreparedMachine};
 
 use crate::{
     FreezeRequest, FrozenView, ImagesSource, MachineDescription, MachineSpec, Provider, ProviderError,
@@ -92,11 +99,44 @@ impl Provider for Images {
         machine: &MachineSpec,
         request: &FreezeRequest,
     ) -> Result<Box<dyn FrozenView>, ProviderError> {
-        Ok(Box::new(freeze::freeze(machine, source(machine)?, request, self.never_reflink)?))
+        let clones = if self.never_reflink { Err("reflinks are switched off") } else { Ok(request.job) };
+        Ok(Box::new(freeze::freeze(machine, source(machine)?, clones)?))
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
         RecoveryTarget::open(request)
+    }
+
+    fn prepare_machine(
+        &self,
+        recovery: &MachineRecovery,
+        _new: DatasourceId,
+    ) -> Result<PreparedMachine, ProviderError> {
+        Err(ProviderError::Unsupported {
+            object: recovery.machine_name.clone(),
+            reason: "it is a set of image files and has no definition that a machine could be made of; recover its disks: \
+                     `stillpoint recover disk`"
+                .to_owned(),
+        })
+    }
+
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        _prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, ProviderError> {
+        Err(ProviderError::Unsupported {
+            object: recovery.machine_name.clone(),
+            reason: "a set of image files was never prepared to be a machine".to_owned(),
+        })
+    }
+
+    fn abandon_machine(
+        &self,
+        _recovery: &MachineRecovery,
+        _prepared: &PreparedMachine,
+    ) -> Result<(), ProviderError> {
+        Ok(())
     }
 
     fn sweep(&self, machines: &[MachineSpec]) -> Result<Swept, ProviderError> {

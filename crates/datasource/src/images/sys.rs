@@ -88,6 +88,12 @@ mod unix {
         stamp(&File::open(path)?)
     }
 
+    /// The identity of what stands under a name, links followed. It is not opened, so a pipe is not waited for.
+    pub fn identity_at(path: &Path) -> Option<(u64, u64)> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    }
+
     /// Makes `copy` share the blocks of `source`.
     pub fn clone_into(copy: &File, source: &File) -> io::Result<()> {
         Ok(rustix::fs::ioctl_ficlone(copy, source)?)
@@ -263,6 +269,11 @@ mod windows {
 
     pub fn stamp_at(path: &Path) -> io::Result<Stamp> {
         stamp(&open(path)?)
+    }
+
+    /// There is none to give: names are compared alone.
+    pub fn identity_at(_path: &Path) -> Option<(u64, u64)> {
+        None
     }
 
     /// Opening kept all writers out.

@@ -34,7 +34,14 @@ fn machine(disks: &[&Path], allow: &[&Path]) -> MachineSpec {
 }
 
 fn request() -> FreezeRequest {
-    FreezeRequest { job: JobId([9; 16]), wanted: Consistency::Offline, since: Vec::new() }
+    FreezeRequest {
+        job: JobId([9; 16]),
+        wanted: Consistency::Offline,
+        unfrozen: model::Unfrozen::Crash,
+        may_retry: false,
+        scratch_bytes: 0,
+        since: Vec::new(),
+    }
 }
 
 fn freeze(provider: &Images, disks: &[&Path], allow: &[&Path]) -> Result<Box<dyn FrozenView>, ProviderError> {

@@ -2,6 +2,9 @@
 //!
 //! Reads what protection needs and nothing else; the text itself is kept with the point.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
 use roxmltree::{Document, Node};
 
 use crate::ProviderError;
@@ -17,6 +20,8 @@ pub(super) struct Disk {
     pub(super) format: String,
     /// The file, if it is one.
     pub(super) file: Option<String>,
+    /// Its device's name in QEMU, of a running machine.
+    pub(super) alias: Option<String>,
     /// What else it is: `block /dev/sdb`, `network rbd p/i`.
     pub(super) storage: String,
     /// Bytes of a logical sector, if the definition says so.
@@ -27,6 +32,14 @@ pub(super) struct Disk {
     pub(super) unprotected: Option<String>,
     /// Whether nothing of the machine's state is on it: it has no medium, or cannot be written to.
     pub(super) is_no_state: bool,
+}
+
+/// Formats that libvirt calls by other names than the rest of the world: theirs, ours.
+const FORMATS: [(&str, &str); 2] = [("vhd", "vhdx"), ("vpc", "vhd")];
+
+/// libvirt's word for a format.
+pub(super) fn driver_type(format: &str) -> &str {
+    FORMATS.iter().find(|(_, ours)| *ours == format).map_or(format, |(theirs, _)| theirs)
 }
 
 /// The disks of a machine, in the order of its definition.
@@ -63,7 +76,9 @@ fn disk(node: Node<'_, '_>, kind: &str) -> Disk {
     let storage = node.attribute("type").unwrap_or("file");
     let file = source.and_then(|source| source.attribute("file")).map(str::to_owned);
     let format = match child(node, "driver").and_then(|driver| driver.attribute("type")) {
-        Some(format) => format.to_owned(),
+        Some(word) => {
+            FORMATS.iter().find(|(theirs, _)| *theirs == word).map_or(word, |(_, ours)| ours).to_owned()
+        }
         None => "raw".to_owned(),
     };
     let unprotected = if kind == "lun" {
@@ -92,6 +107,7 @@ fn disk(node: Node<'_, '_>, kind: &str) -> Disk {
         target: attribute("target", "dev"),
         bus: attribute("target", "bus"),
         format,
+        alias: child(node, "alias").and_then(|alias| alias.attribute("name")).map(str::to_owned),
         file,
         storage: source.map_or_else(
             || storage.to_owned(),
@@ -110,6 +126,19 @@ fn disk(node: Node<'_, '_>, kind: &str) -> Disk {
     }
 }
 
+/// Files below the uppermost images, as far as the definition tells.
+pub(super) fn chain_files(definition: &str) -> Vec<String> {
+    let Ok(document) = Document::parse(definition) else { return Vec::new() };
+    let below = document.descendants().filter(|node| node.has_tag_name("backingStore"));
+    below.filter_map(|node| child(node, "source")?.attribute("file").map(str::to_owned)).collect()
+}
+
+/// Their folders.
+pub(super) fn chain_folders(definition: &str) -> BTreeSet<PathBuf> {
+    let files = chain_files(definition);
+    files.iter().filter_map(|file| Path::new(file).parent().map(Path::to_owned)).collect()
+}
+
 /// How many images are below. A chain is as deep as its author wanted; libvirt itself stops at 200.
 fn backing(node: Node<'_, '_>) -> u32 {
     let mut depth = 0;
@@ -121,7 +150,7 @@ fn backing(node: Node<'_, '_>) -> u32 {
     depth
 }
 
-fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+pub(super) fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
     node.children().find(|child| child.has_tag_name(name))
 }
 
@@ -132,6 +161,25 @@ pub(super) fn guest_agent(definition: &str) -> Option<bool> {
         node.has_tag_name("target") && node.attribute("name") == Some("org.qemu.guest_agent.0")
     })?;
     target.attribute("state").map(|state| state == "connected")
+}
+
+/// The file of firmware variables, if the machine has one.
+pub(super) fn nvram(definition: &str) -> Option<String> {
+    let document = Document::parse(definition).ok()?;
+    let node = child(child(document.root_element(), "os")?, "nvram")?;
+    let path = match child(node, "source") {
+        Some(source) => source.attribute("file"),
+        None => node.text().map(str::trim),
+    };
+    path.filter(|path| path.starts_with('/')).map(str::to_owned)
+}
+
+/// The version of the machine's emulated TPM, if it has one.
+pub(super) fn emulated_tpm(definition: &str) -> Option<String> {
+    let document = Document::parse(definition).ok()?;
+    let tpm = child(child(document.root_element(), "devices")?, "tpm")?;
+    let backend = child(tpm, "backend").filter(|backend| backend.attribute("type") == Some("emulator"))?;
+    Some(backend.attribute("version").unwrap_or("2.0").to_owned())
 }
 
 /// The text of an element below the root.
@@ -153,6 +201,15 @@ pub(super) fn tracked_disks(checkpoint: &str) -> Vec<String> {
         .filter(|node| node.has_tag_name("disk") && node.attribute("checkpoint") == Some("bitmap"))
         .filter_map(|node| node.attribute("name").map(str::to_owned))
         .collect()
+}
+
+/// Number of the node through which a job's view of a disk is read: `7` for `libvirt-7-format`.
+pub(super) fn view_index(backup: &str, target: &str) -> Option<String> {
+    let document = Document::parse(backup).ok()?;
+    let disk = document
+        .descendants()
+        .find(|node| node.has_tag_name("disk") && node.attribute("name") == Some(target))?;
+    disk.attribute("index").map(str::to_owned)
 }
 
 /// The scratch files and the socket of a backup job.
@@ -199,7 +256,7 @@ mod tests {
 <disk type='file' device='disk'><source file='/srv/s.raw'/><target dev='vdd' bus='scsi'/><shareable/></disk>
 <disk type='file' device='disk'><source file='/srv/r.raw'/><target dev='vde' bus='sata'/><readonly/></disk>
 <disk type='file' device='cdrom'><source file='/srv/i.iso'/><target dev='sda' bus='sata'/><readonly/></disk>
-<disk type='file' device='disk'><driver type='vhdx'/><source file='/srv/v.vhdx'/><target dev='vdf' bus='sata'/>
+<disk type='file' device='disk'><driver type='vhd'/><source file='/srv/v.vhdx'/><target dev='vdf' bus='sata'/>
  <blockio logical_block_size='4096'/></disk>
 </devices></domain>";
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use model::DatasourceId;
 
-use super::rpc::{Connection, LibvirtError};
+use super::rpc::{Connection, LibvirtError, State};
 
 /// The hidden subcommand that carries a guard.
 pub const SUBCOMMAND: &str = "__thaw-guard";
@@ -25,9 +25,30 @@ const LATE: Duration = Duration::from_secs(40);
 /// After so many thaws in a row that the agent answered, half a second apart, no freeze waits behind another call any more.
 const IN_A_ROW: u32 = 6;
 
+/// What ends a machine's standing still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// Its file systems are thawed.
+    Thaw,
+    /// Its processors go on.
+    Resume,
+}
+
+impl Act {
+    /// The word for what the machine is before.
+    pub(super) fn state(self) -> &'static str {
+        match self {
+            Act::Thaw => "frozen",
+            Act::Resume => "paused",
+        }
+    }
+}
+
 /// What a guard needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watch {
+    /// What it does at the limit.
+    pub act: Act,
     /// libvirt's socket.
     pub socket: PathBuf,
     /// The machine, by its UUID.
@@ -43,6 +64,7 @@ impl Watch {
     pub fn words(&self) -> Vec<std::ffi::OsString> {
         vec![
             SUBCOMMAND.into(),
+            self.act.state().into(),
             self.socket.clone().into(),
             self.machine.to_string().into(),
             self.limit.as_millis().to_string().into(),
@@ -52,8 +74,9 @@ impl Watch {
 
     /// From the words after the subcommand.
     pub fn from_words(words: &[std::ffi::OsString]) -> Option<Watch> {
-        let [socket, machine, limit, note] = words else { return None };
+        let [state, socket, machine, limit, note] = words else { return None };
         Some(Watch {
+            act: [Act::Thaw, Act::Resume].into_iter().find(|act| state == act.state())?,
             socket: socket.into(),
             machine: machine.to_str()?.parse().ok()?,
             limit: Duration::from_millis(limit.to_str()?.parse().ok()?),
@@ -74,13 +97,14 @@ pub fn stand(watch: &Watch, mut pipe: impl Read + Send + 'static) -> bool {
     if let Ok(true) = tells.recv_timeout(watch.limit) {
         return false;
     }
-    thaw(watch, false, || matches!(tells.try_recv(), Ok(true)));
+    release(watch, false, || matches!(tells.try_recv(), Ok(true)));
     true
 }
 
 /// Thaws a machine's file systems until some were thawed, nothing can be frozen any more, or `may_stop` says that somebody else
-/// did; then the note goes. False if it could not be done. Where the freeze `is_answered`, nothing can overtake the thaw.
-pub(super) fn thaw(watch: &Watch, is_answered: bool, may_stop: impl Fn() -> bool) -> bool {
+/// did; then the note goes. False if it could not be done. Where the freeze `is_answered`, nothing can overtake the thaw. A paused
+/// machine goes on in the same way.
+pub(super) fn release(watch: &Watch, is_answered: bool, may_stop: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     let (mut is_thawed, mut in_a_row) = (false, 0);
     while began.elapsed() < LATE && !may_stop() {
@@ -89,12 +113,19 @@ pub(super) fn thaw(watch: &Watch, is_answered: bool, may_stop: impl Fn() -> bool
                 // A machine that is gone or off has nothing frozen.
                 None => Ok(1),
                 Some(domain) if domain.id < 0 => Ok(1),
-                Some(domain) => connection.thaw(&domain, ATTEMPT),
+                Some(domain) => match watch.act {
+                    Act::Thaw => connection.thaw(&domain, ATTEMPT),
+                    Act::Resume if connection.state(&domain)? == State::Paused => {
+                        connection.resume(&domain, ATTEMPT).map(|()| 1)
+                    }
+                    Act::Resume => Ok(0),
+                },
             }
         });
         is_thawed = thawed.is_ok();
         in_a_row = if is_thawed { in_a_row + 1 } else { 0 };
-        if in_a_row >= IN_A_ROW {
+        // A machine's state is told at once, also while an order to pause it waits behind another job: that is watched to the end.
+        if in_a_row >= IN_A_ROW && watch.act == Act::Thaw {
             break;
         }
         if thawed.is_ok_and(|count| count > 0 || is_answered) {
@@ -184,6 +215,7 @@ mod tests {
     #[test]
     fn a_watch_travels_as_words() {
         let watch = Watch {
+            act: Act::Thaw,
             socket: "/run/libvirt/libvirt-sock".into(),
             machine: DatasourceId(*b"0123456789abcdef"),
             limit: Duration::from_millis(3000),
@@ -200,6 +232,7 @@ mod tests {
     #[test]
     fn a_guard_that_is_told_does_nothing() {
         let watch = Watch {
+            act: Act::Thaw,
             socket: "/nonexistent".into(),
             machine: DatasourceId([0; 16]),
             limit: Duration::from_secs(60),

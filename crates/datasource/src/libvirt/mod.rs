@@ -12,19 +12,27 @@
 //!   same disk; in any doubt it is unknown what changed (INV-22). (must)
 //! - What is not named by our mark is never removed (INV-21). (must)
 
+mod base;
 mod claim;
+mod configuration;
 mod definition;
 pub mod guard;
+mod monitor;
+mod recovery;
+mod request;
 mod rpc;
 mod scratch;
+mod still;
 mod stopped;
+mod swap;
 mod view;
+mod volumes;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use model::{DatasourceId, HostDisk, HostMachine, Power};
+use model::{CompletedMachine, DatasourceId, HostDisk, HostMachine, MachineRecovery, Power, PreparedMachine};
 
 pub use rpc::LibvirtError;
 pub use view::LibvirtView;
@@ -35,13 +43,12 @@ use crate::{
     Provider, ProviderError, RecoveryTarget, Source, Swept, TargetRequest,
 };
 use claim::Claim;
+use configuration::Configuration;
 use rpc::{Connection, Domain, State};
 use view::Found;
 
 /// Begins the name of every checkpoint of ours; the job's id follows.
 const CHECKPOINT: &str = "stillpoint-";
-/// Begins the description of every checkpoint of ours; the pool's and the datasource's id follow.
-const DESCRIPTION: &str = "stillpoint ";
 
 /// How the provider works.
 #[derive(Debug, Clone)]
@@ -50,8 +57,12 @@ pub struct Settings {
     pub socket: PathBuf,
     /// Where QEMU keeps what running machines overwrite during a backup; each image's own folder if absent.
     pub scratch: Option<PathBuf>,
+    /// Whether QEMU's own monitor may be used, which taints a machine: for lists of changes of raw, VHD and VHDX disks.
+    pub monitor: bool,
     /// How long file systems of a guest may be frozen.
     pub freeze_limit: Duration,
+    /// Where the emulator of TPMs keeps their state, a folder for each machine.
+    pub tpm: PathBuf,
     /// Where notes of frozen guests lie. They need not outlive a restart of the host.
     pub notes: PathBuf,
     /// This program, for the guard over a freeze; a thread of this process if absent.
@@ -67,17 +78,12 @@ impl Default for Settings {
         Settings {
             socket: found.unwrap_or(&SOCKETS[1]).into(),
             scratch: None,
+            monitor: true,
             freeze_limit: Duration::from_secs(3),
+            tpm: "/var/lib/libvirt/swtpm".into(),
             notes: "/run/stillpoint".into(),
             program: None,
         }
-    }
-}
-
-impl Settings {
-    /// The note that says that a machine's file systems may be frozen.
-    fn frozen_note(&self, machine: DatasourceId) -> PathBuf {
-        self.notes.join(format!("frozen-{machine}"))
     }
 }
 
@@ -86,6 +92,7 @@ impl Settings {
 pub struct Libvirt {
     settings: Settings,
     images: Images,
+    volumes: volumes::Volumes,
 }
 
 /// What a failed call means.
@@ -111,6 +118,11 @@ fn source(machine: &MachineSpec) -> Result<&LibvirtSource, ProviderError> {
             reason: "is no machine of libvirt".to_owned(),
         }),
     }
+}
+
+/// Whether swap partitions are protected like everything else.
+fn keeps_swap(machine: &MachineSpec) -> bool {
+    matches!(&machine.source, Source::Libvirt(source) if source.keep_swap)
 }
 
 /// A machine for the list.
@@ -154,7 +166,7 @@ fn listed(connection: &mut Connection, domain: &Domain) -> Result<HostMachine, L
 impl Libvirt {
     /// The provider over this host's daemon.
     pub fn new(settings: Settings) -> Libvirt {
-        Libvirt { settings, images: Images::new() }
+        Libvirt { settings, images: Images::new(), volumes: volumes::Volumes::default() }
     }
 
     /// Why this host has no machines, if it has no daemon.
@@ -215,15 +227,18 @@ impl Libvirt {
             swept.in_use.push(machine.name.clone());
             return Ok(());
         };
-        let watch = guard::Watch {
-            socket: self.settings.socket.clone(),
-            machine: machine.id,
-            limit: self.settings.freeze_limit,
-            note: self.settings.frozen_note(machine.id),
-        };
-        // Nobody else has a view, so the freeze is over or its maker is dead, and so may be his guard.
-        if watch.note.exists() && guard::thaw(&watch, false, || !watch.note.exists()) {
-            swept.removed.push(format!("a freeze of {}", machine.name));
+        for (act, what) in [(guard::Act::Thaw, "a freeze"), (guard::Act::Resume, "a pause")] {
+            let watch = guard::Watch {
+                act,
+                socket: self.settings.socket.clone(),
+                machine: machine.id,
+                limit: self.settings.freeze_limit,
+                note: still::note(&self.settings, machine.id, act),
+            };
+            // Nobody else has a view, so it is over or its maker is dead, and so may be his guard.
+            if watch.note.exists() && guard::release(&watch, false, || !watch.note.exists()) {
+                swept.removed.push(format!("{what} of {}", machine.name));
+            }
         }
         let mut connection = self.open(&machine.name)?;
         let Some(domain) = connection.domain(&machine.id.0).map_err(told)? else { return Ok(()) };
@@ -235,6 +250,18 @@ impl Libvirt {
             folders.extend(self.settings.scratch.clone());
             folders.insert("/var/tmp".into());
             swept.removed.extend(scratch::remove_left(machine, &folders));
+            let removed = &mut swept.removed;
+            // What keeps an old recovery from its end must not keep the machine from being protected.
+            if let Err(error) = recovery::sweep(&mut connection, machine, &domain, &text, removed) {
+                swept.troubles.push(format!("a recovery of {} is not at its end: {error}", machine.name));
+                connection = self.open(&machine.name)?;
+            }
+            if domain.id >= 0 {
+                let any = view::sweep_copies(&mut connection, &domain, machine, &disks, &self.settings);
+                if any.map_err(told)? {
+                    swept.removed.push(format!("bitmaps of a job of {}", machine.name));
+                }
+            }
             return Ok(());
         };
         let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
@@ -295,20 +322,56 @@ impl Provider for Libvirt {
         let exclude = &source(machine)?.exclude;
         let mut found = self.find(machine)?;
         if found.state == State::Off {
+            if found.connection.has_left(&found.domain).map_err(|error| failed(&machine.name, &error))? {
+                return Err(ProviderError::Missing {
+                    object: machine.name.clone(),
+                    reason: "it was migrated from this host to another one, which runs it with these very images: enrol that host, \
+                             or start its agent"
+                        .to_owned(),
+                });
+            }
             let (disks, images) = self.at_rest(&mut found.connection, &found.domain, machine)?;
             let inner = self.images.freeze(&images, request)?;
-            return Ok(Box::new(stopped::Stopped::new(inner, &disks, &found.domain.name)));
+            let Found { connection, domain, .. } = &mut found;
+            let kept = Configuration::capture(connection, domain, &disks, &self.settings.tpm);
+            let (configuration, _) = kept.map_err(|error| failed(&machine.name, &error))?;
+            let configuration = configuration.encode()?;
+            return Ok(Box::new(stopped::Stopped::new(inner, machine, &disks, &domain.name, configuration)));
         }
         let claim = Claim::of(machine, &self.settings.notes)?.ok_or_else(|| ProviderError::Locked {
             object: machine.name.clone(),
             reason: "another job of it runs".to_owned(),
         })?;
-        let settings = &self.settings;
-        Ok(Box::new(view::freeze(found, machine, exclude, request, settings, claim)?))
+        let means = (&self.settings, &self.volumes);
+        Ok(Box::new(view::freeze(found, machine, exclude, request, means, claim)?))
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
         RecoveryTarget::open(request)
+    }
+
+    fn prepare_machine(
+        &self,
+        recovery: &MachineRecovery,
+        new: DatasourceId,
+    ) -> Result<PreparedMachine, ProviderError> {
+        recovery::prepare(&self.settings, recovery, new)
+    }
+
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, ProviderError> {
+        recovery::complete(&self.settings, recovery, prepared)
+    }
+
+    fn abandon_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<(), ProviderError> {
+        recovery::abandon(&self.settings, recovery, prepared)
     }
 
     fn sweep(&self, machines: &[MachineSpec]) -> Result<Swept, ProviderError> {

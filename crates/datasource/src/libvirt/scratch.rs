@@ -3,12 +3,17 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
+
+use block_io::DiskFile;
+use disk_image::ImageFormat;
+use disk_image::probe::{self, NewDisk};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 
 use super::rpc::{Connection, Domain};
+use super::volumes::{RESERVE, free};
 use crate::{MachineSpec, ProviderError};
 
 /// Begins the name of every folder with scratch files and a socket of ours; the beginning of the machine's id and the job's id follow.
@@ -27,7 +32,12 @@ pub(super) fn make_folders(files: &[PathBuf], image: &str) -> Result<(), Provide
     for file in files {
         let Some(folder) = file.parent() else { continue };
         let made = match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => continue,
+            // One that was made a moment ago; anybody may write to some of the folders around.
+            Err(error)
+                if error.kind() == std::io::ErrorKind::AlreadyExists && is_private(folder, owner.uid()) =>
+            {
+                continue;
+            }
             made => made,
         };
         made.and_then(|()| std::os::unix::fs::chown(folder, Some(owner.uid()), Some(owner.gid()))).map_err(
@@ -39,7 +49,36 @@ pub(super) fn make_folders(files: &[PathBuf], image: &str) -> Result<(), Provide
     Ok(())
 }
 
-/// Removes files of a job that is over; libvirt removed them already unless it died.
+/// Whether a folder is one, no link to one, and nobody else's.
+fn is_private(folder: &Path, owner: u32) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    std::fs::symlink_metadata(folder)
+        .is_ok_and(|found| found.is_dir() && [owner, own].contains(&found.uid()) && found.mode() & 0o077 == 0)
+}
+
+/// Makes the scratch files, each an empty qcow2 image of exactly its disk's size: QEMU lays the view over the disk with it.
+pub(super) fn make_files<'a>(
+    files: impl Iterator<Item = (&'a PathBuf, &'a u64)>,
+    image: &str,
+) -> Result<(), ProviderError> {
+    let owner =
+        std::fs::metadata(image).map_err(|error| ProviderError::source(image, "look at it", &error))?;
+    for (path, size) in files {
+        let shown = path.display().to_string();
+        let failed = |error: std::io::Error| ProviderError::source(&shown, "make a scratch file", &error);
+        let file = DiskFile::create(path).map_err(failed)?;
+        let new =
+            NewDisk { size: *size, logical_sector_size: 512, fixed: false, ids: [[0; 16]; 3], created: 0 };
+        let made = probe::create_writer(ImageFormat::Qcow2, Arc::new(file), &new);
+        made.map_err(|error| ProviderError::from_target_image(&shown, error))?
+            .flush()
+            .map_err(|error| ProviderError::from_target_device(&shown, &error))?;
+        std::os::unix::fs::lchown(path, Some(owner.uid()), Some(owner.gid())).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Removes files of a job that is over.
 pub(super) fn remove(files: &[PathBuf]) {
     for file in files {
         let _ = std::fs::remove_file(file);
@@ -95,39 +134,9 @@ pub(super) struct Reserve {
     stop: mpsc::Sender<()>,
 }
 
-/// Bytes that stay free where QEMU keeps what the machine overwrites.
-const RESERVE: u64 = 512 << 20;
-
 /// The folder that a job's own folder is in.
-fn around(file: &Path) -> &Path {
+pub(super) fn around(file: &Path) -> &Path {
     file.parent().and_then(Path::parent).unwrap_or(Path::new("/"))
-}
-
-/// Bytes free for a scratch file.
-fn free(file: &Path) -> std::io::Result<u64> {
-    let found = rustix::fs::statvfs(around(file))?;
-    Ok(found.f_bavail.saturating_mul(found.f_frsize))
-}
-
-/// Whether there is room to begin, in the folders of these scratch files.
-pub(super) fn check_room(machine: &str, files: &[PathBuf]) -> Result<(), ProviderError> {
-    for file in files {
-        let folder = around(file).display().to_string();
-        let free = free(file)
-            .map_err(|error| ProviderError::source(folder.clone(), "look at its free space", &error))?;
-        if free < 2 * RESERVE {
-            return Err(ProviderError::Unsupported {
-                object: machine.to_owned(),
-                reason: format!(
-                    "{folder} has {free} bytes free; a backup of a running machine begins with {} at least, because QEMU \
-                     keeps there what the machine overwrites meanwhile: free some, or set STILLPOINT_SCRATCH to a folder \
-                     with room",
-                    2 * RESERVE
-                ),
-            });
-        }
-    }
-    Ok(())
 }
 
 impl Reserve {
@@ -136,7 +145,12 @@ impl Reserve {
         std::thread::spawn(move || {
             let mut connection = connection;
             while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
-                if files.iter().any(|file| free(file).is_ok_and(|free| free < RESERVE)) {
+                if files.iter().any(|file| free(around(file)).is_ok_and(|free| free < RESERVE)) {
+                    // Only what is ours: the same order would end a migration.
+                    let ours = super::view::is_ours(&mut connection, &domain, &files);
+                    if matches!(ours, Ok(false)) {
+                        return;
+                    }
                     if connection.abort_job(&domain).is_err()
                         && let Ok(another) = connection.another()
                     {
@@ -212,6 +226,5 @@ mod tests {
         remove(&files);
         assert!(!folder.exists());
         assert!(make_folders(&files, "/nonexistent/image").is_err());
-        check_room("web", &files[..1]).unwrap();
     }
 }

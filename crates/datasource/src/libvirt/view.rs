@@ -1,18 +1,22 @@
 //! The view of a running machine: a backup job of libvirt, read over NBD.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use model::{Consistency, DatasourceId, JobId};
+use model::Consistency;
 use nbd::{Address, Export, Options};
 
+use super::base::{Base, adopt, base_of, inode};
 use super::claim::Claim;
+use super::configuration::Configuration;
 use super::definition::{self, Disk};
-use super::guard::{Guard, Watch, thaw};
+use super::monitor::{self, Node};
+use super::request::{self, Request, keeps_bitmaps};
 use super::rpc::{Connection, Domain, LibvirtError, State};
-use super::{CHECKPOINT, DESCRIPTION, Settings, failed, scratch};
+use super::still::{Begun, Moment};
+use super::volumes::{Place, Volumes};
+use super::{CHECKPOINT, Settings, failed, keeps_swap, scratch, swap};
 use crate::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
     MachineSpec, ProviderError, Source,
@@ -28,7 +32,10 @@ const MOST_KEPT: usize = 4;
 pub(super) const TARGET: &str = "target";
 pub(super) const FILE: &str = "file";
 pub(super) const INODE: &str = "inode";
+/// The checkpoint or bitmap that was made with the view.
 pub(super) const MARK: &str = "checkpoint";
+/// Older ones that were still there, with spaces between.
+pub(super) const KEPT: &str = "kept";
 
 /// A view that QEMU keeps.
 pub struct LibvirtView {
@@ -36,6 +43,7 @@ pub struct LibvirtView {
     consistency: Consistency,
     method: FreezeMethod,
     disks: Vec<FrozenDisk>,
+    configuration: String,
     job: Running,
 }
 
@@ -51,7 +59,10 @@ struct Running {
     connection: Mutex<Connection>,
     domain: Domain,
     files: Vec<PathBuf>,
+    /// Bitmaps that were copied for reading, each with its node.
+    copies: Vec<(Node, String)>,
     watch: Option<scratch::Reserve>,
+    _place: Place,
     _claim: Claim,
 }
 
@@ -70,6 +81,20 @@ impl Running {
                 }
                 other => return other,
             }
+        }
+    }
+
+    /// Removes the bitmaps and the checkpoint of an attempt without a view.
+    fn forget_marks(&self, nodes: &[&Node], bitmap: &str, checkpoint: Option<String>) {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(true) = is_ours(&mut connection, &self.domain, &self.files) {
+            let _ = end(&mut connection, &self.domain);
+        }
+        for node in nodes {
+            let _ = monitor::remove(&mut connection, &self.domain, node, bitmap);
+        }
+        if let Some(name) = checkpoint {
+            let _ = connection.delete_checkpoint(&self.domain, &super::rpc::Checkpoint(name), false);
         }
     }
 
@@ -95,8 +120,39 @@ impl Drop for Running {
         // What a living job writes to stays where the next sweep finds it.
         if is_over {
             scratch::remove(&self.files);
+            let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+            for (node, copy) in &self.copies {
+                let _ = remove_bitmap(&mut connection, &self.domain, node, copy);
+            }
         }
     }
+}
+
+/// Whether a backup job runs that writes to these files.
+pub(super) fn is_ours(
+    connection: &mut Connection,
+    domain: &Domain,
+    files: &[PathBuf],
+) -> Result<bool, LibvirtError> {
+    let Some(job) = connection.backup(domain)? else { return Ok(false) };
+    let named = definition::files_of(&job);
+    Ok(files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
+}
+
+/// Removes a bitmap; the export that showed it goes a moment after its job.
+fn remove_bitmap(
+    connection: &mut Connection,
+    domain: &Domain,
+    node: &Node,
+    name: &str,
+) -> Result<(), LibvirtError> {
+    for _ in 0..20 {
+        if monitor::remove(connection, domain, node, name)?.is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// Ends the machine's backup job and waits until it is gone.
@@ -131,6 +187,10 @@ impl FrozenView for LibvirtView {
 
     fn disks(&self) -> &[FrozenDisk] {
         &self.disks
+    }
+
+    fn configuration(&self) -> &str {
+        &self.configuration
     }
 
     fn verify_unchanged(&self) -> Result<(), ProviderError> {
@@ -173,6 +233,15 @@ pub(super) fn chosen(
     Ok(disks)
 }
 
+/// Begins the names of bitmaps in QEMU's memory that are this pool's and this machine's. They have no description.
+fn own_bitmaps(machine: &MachineSpec) -> String {
+    let owner = match &machine.source {
+        Source::Libvirt(source) => source.owner.get(..8).unwrap_or_default(),
+        Source::Images(_) => "",
+    };
+    format!("{CHECKPOINT}{owner}-{}-", machine.id.to_string().get(..8).unwrap_or_default())
+}
+
 /// What is kept about a disk.
 pub(super) fn describe(disk: &Disk, size: u64, mark: Option<&str>) -> DiskDescription {
     let file = disk.file.clone().unwrap_or_default();
@@ -201,249 +270,72 @@ pub(super) fn describe(disk: &Disk, size: u64, mark: Option<&str>) -> DiskDescri
     }
 }
 
-fn inode(file: &str) -> Option<u64> {
-    std::fs::metadata(file).ok().map(|found| found.ino())
+/// Disks of a running machine whose changes QEMU can list from its memory: by their place, their nodes, or why there is none.
+struct Memory {
+    nodes: Vec<Result<Node, String>>,
 }
 
-/// The checkpoint that holds what changed on `disk` since the view of `base`, or why there is none.
-fn base_of(
-    connection: &mut Connection,
-    domain: &Domain,
-    disk: &Disk,
-    base: Option<&DiskDescription>,
-) -> Result<Result<String, String>, LibvirtError> {
-    if !Request::is_tracked(disk) {
-        return Ok(Err(format!("QEMU keeps no list of changes in a {} image", disk.format)));
-    }
-    let Some(base) = base else { return Ok(Err("the newest point does not say since when".to_owned())) };
-    let known = |name: &str| base.properties.get(name).map(String::as_str);
-    let Some(mark) = known(MARK) else { return Ok(Err("the newest point has no checkpoint".to_owned())) };
-    if !mark.starts_with(CHECKPOINT) {
-        return Ok(Err(format!("{mark:?} is no checkpoint of ours")));
-    }
-    let file = disk.file.as_deref().unwrap_or_default();
-    let now = inode(file).map(|inode| inode.to_string());
-    if known(TARGET) != Some(&disk.target) || known(FILE) != Some(file) || known(INODE) != now.as_deref() {
-        return Ok(Err(format!("disk {} is another file than at the newest point", disk.target)));
-    }
-    let size = connection.block_info(domain, &disk.target)?.capacity;
-    if base.size != size {
-        return Ok(Err(format!("disk {} has {size} bytes, {} at the newest point", disk.target, base.size)));
-    }
-    let checkpoint = super::rpc::Checkpoint(mark.to_owned());
-    let Some(text) = connection.checkpoint_definition(domain, &checkpoint)? else {
-        return Ok(Err(format!("checkpoint {mark} is gone")));
-    };
-    if !definition::tracked_disks(&text).contains(&disk.target) {
-        return Ok(Err(format!("checkpoint {mark} has no bitmap of disk {}", disk.target)));
-    }
-    Ok(Ok(mark.to_owned()))
-}
-
-/// The words for a backup job.
-struct Request {
-    job: JobId,
-    socket: PathBuf,
-    scratch: Vec<PathBuf>,
-}
-
-impl Request {
-    fn new(machine: &MachineSpec, job: JobId, disks: &[Disk], settings: &Settings) -> Request {
-        let folder = |disk: &Disk| {
-            let file = Path::new(disk.file.as_deref().unwrap_or("/"));
-            settings
-                .scratch
-                .clone()
-                .or_else(|| file.parent().map(Path::to_owned))
-                .unwrap_or_else(|| "/".into())
+impl Memory {
+    fn look(
+        connection: &mut Connection,
+        domain: &Domain,
+        disks: &[Disk],
+        settings: &Settings,
+    ) -> Result<Memory, LibvirtError> {
+        let all = |why: &str| Memory { nodes: disks.iter().map(|_| Err(why.to_owned())).collect() };
+        // QEMU's monitor is left alone where nothing needs it: a command taints the machine.
+        if disks.iter().all(keeps_bitmaps) {
+            return Ok(all("its format keeps them"));
+        }
+        if !settings.monitor {
+            return Ok(all("STILLPOINT_LIBVIRT_MONITOR=off"));
+        }
+        let nodes = match monitor::nodes(connection, domain) {
+            Ok(Ok(nodes)) => nodes,
+            Ok(Err(why)) => return Ok(all(&why)),
+            Err(error) if error.code().is_some() => return Ok(all(&error.to_string())),
+            Err(error) => return Err(error),
         };
-        let own = format!("{}{job}", scratch::own_mark(machine));
-        let scratch: Vec<PathBuf> = disks
-            .iter()
-            .enumerate()
-            .map(|(number, disk)| folder(disk).join(&own).join(format!("{number}{}", scratch::SCRATCH)))
-            .collect();
-        let near = scratch.first().and_then(|file| file.parent()).map(|folder| folder.join(scratch::SOCKET));
-        let socket = near
-            .filter(|path| path.as_os_str().len() <= scratch::SOCKET_PATH)
-            .unwrap_or_else(|| Path::new("/var/tmp").join(&own).join(scratch::SOCKET));
-        Request { job, socket, scratch }
-    }
-
-    fn files(&self) -> Vec<PathBuf> {
-        let mut files = self.scratch.clone();
-        files.push(self.socket.clone());
-        files
-    }
-
-    /// Which disks have a bitmap: QEMU keeps one in a qcow2 file, and in no other.
-    fn is_tracked(disk: &Disk) -> bool {
-        disk.format == "qcow2"
-    }
-
-    fn mark(&self) -> String {
-        format!("{CHECKPOINT}{}", self.job)
-    }
-
-    fn backup(&self, all: &[Disk], disks: &[Disk], bases: &[Result<String, String>]) -> String {
-        let text = definition::escaped;
-        let mut out = format!(
-            "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>",
-            text(&self.socket.display().to_string())
-        );
-        for ((disk, base), scratch) in disks.iter().zip(bases).zip(&self.scratch) {
-            let mode = match base {
-                Ok(base) => format!("backupmode='incremental' incremental='{}'", text(base)),
-                Err(_) => "backupmode='full'".to_owned(),
-            };
-            out.push_str(&format!(
-                "<disk name='{}' backup='yes' type='file' {mode}><scratch file='{}'/></disk>",
-                text(&disk.target),
-                text(&scratch.display().to_string())
-            ));
-        }
-        for disk in all.iter().filter(|disk| !disks.iter().any(|chosen| chosen.target == disk.target)) {
-            out.push_str(&format!("<disk name='{}' backup='no'/>", text(&disk.target)));
-        }
-        out.push_str("</disks></domainbackup>");
-        out
-    }
-
-    /// Nothing where no disk can have a bitmap.
-    fn checkpoint(&self, machine: &MachineSpec, all: &[Disk], disks: &[Disk]) -> Option<String> {
-        let is_kept = |disk: &Disk| {
-            Request::is_tracked(disk) && disks.iter().any(|chosen| chosen.target == disk.target)
-        };
-        if !all.iter().any(is_kept) {
-            return None;
-        }
-        let mut out = format!(
-            "<domaincheckpoint><name>{}</name><description>{}</description><disks>",
-            self.mark(),
-            definition::escaped(&description(machine))
-        );
-        for disk in all {
-            let kind = if is_kept(disk) { "bitmap" } else { "no" };
-            out.push_str(&format!(
-                "<disk name='{}' checkpoint='{kind}'/>",
-                definition::escaped(&disk.target)
-            ));
-        }
-        out.push_str("</disks></domaincheckpoint>");
-        Some(out)
-    }
-}
-
-/// Whether the file systems stood still over the checkpoint, and the words for it.
-struct Stillness {
-    consistency: Consistency,
-    evidence: String,
-}
-
-/// Begins the job, with the guest's file systems frozen if they can be.
-fn begin(
-    connection: &mut Connection,
-    domain: &Domain,
-    state: State,
-    settings: &Settings,
-    mut start: impl FnMut(&mut Connection) -> Result<(), LibvirtError>,
-) -> Result<Stillness, LibvirtError> {
-    let crash = |why: String| Stillness { consistency: Consistency::Crash, evidence: why };
-    if state == State::Paused {
-        start(connection)?;
-        return Ok(crash("the machine was paused; nothing was written, nothing was flushed".to_owned()));
-    }
-    match connection.agent(domain, "{\"execute\":\"guest-fsfreeze-status\"}", 5) {
-        Err(error) => {
-            // A time limit that passed ends the conversation.
-            if error.code().is_none() {
-                *connection = connection.another()?;
+        let found = disks.iter().map(|disk| {
+            let alias = disk.alias.as_deref().unwrap_or_default();
+            let node = nodes.iter().find(|node| node.is_of(alias));
+            match node {
+                None => Err(format!("QEMU names no device {alias:?}")),
+                Some(node) if !node.is_image(&disk.format) => {
+                    Err("something lies between the device and its image".to_owned())
+                }
+                Some(node) => Ok(node.clone()),
             }
-            start(connection)?;
-            return Ok(crash(format!("no guest agent answers ({error}), so no file system was frozen")));
-        }
-        // Whoever froze it thaws it.
-        Ok(status) if status.contains("frozen") => {
-            start(connection)?;
-            return Ok(crash("somebody else has the file systems frozen already".to_owned()));
-        }
-        Ok(_) => {}
+        });
+        Ok(Memory { nodes: found.collect() })
     }
-    let watch = Watch {
-        socket: settings.socket.clone(),
-        machine: DatasourceId(domain.uuid),
-        limit: settings.freeze_limit,
-        note: settings.frozen_note(DatasourceId(domain.uuid)),
-    };
-    let noted = std::fs::create_dir_all(&settings.notes).and_then(|()| std::fs::write(&watch.note, b""));
-    if let Err(error) = noted {
-        start(connection)?;
-        return Ok(crash(format!(
-            "nothing was frozen, because no note of it could be left in {}: {error}",
-            settings.notes.display()
-        )));
-    }
-    let guard = match Guard::post(&watch, settings.program.as_deref()) {
-        Ok(guard) => guard,
-        Err(error) => {
-            // Nothing is frozen, so nothing may say so.
-            let _ = std::fs::remove_file(&watch.note);
-            start(connection)?;
-            return Ok(crash(format!("nothing was frozen: {error}")));
+
+    fn node(&self, number: usize) -> Result<&Node, &str> {
+        match self.nodes.get(number) {
+            Some(Ok(node)) => Ok(node),
+            Some(Err(why)) => Err(why),
+            None => Err("the disk is not known"),
         }
-    };
-    let began = Instant::now();
-    let frozen = connection.freeze(domain, settings.freeze_limit);
-    let started = match &frozen {
-        Ok(_) => start(connection),
-        Err(_) => Ok(()),
-    };
-    // Thawed whatever happened: also a freeze that seemed to fail may have come about.
-    let thawed = connection.thaw(domain, settings.freeze_limit);
-    let held = began.elapsed();
-    // A freeze without an answer may come about after a thaw; then thawing goes on until it cannot any more.
-    let is_answered = match &frozen {
-        Ok(_) => true,
-        Err(error) => error.code().is_some(),
-    };
-    let is_thawed = (is_answered && thawed.is_ok()) || thaw(&watch, is_answered, || false);
-    let in_time = if is_thawed {
-        let _ = std::fs::remove_file(&watch.note);
-        guard.dismiss()
-    } else {
-        drop(guard);
-        false
-    };
-    if !is_thawed {
-        return Err(LibvirtError::Lost(
-            "file systems of the guest may still be frozen and could not be thawed: thaw them in the guest \
-             (`fsfreeze -u`), or start it anew"
-                .to_owned(),
-        ));
     }
-    if frozen.is_err() || thawed.is_err() {
-        *connection = connection.another()?;
+}
+
+/// Whether a live migration of the machine runs, here or to here.
+fn is_migrating(connection: &mut Connection, domain: &Domain) -> Result<bool, LibvirtError> {
+    // VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN is 4, .._OUT 5.
+    match connection.operation(domain) {
+        Ok(operation) => Ok(matches!(operation, 4 | 5)),
+        // Only where it arrives.
+        Err(error) if error.code() == Some(LibvirtError::UNSUPPORTED) => Ok(true),
+        Err(error) if error.code().is_some() => Ok(false),
+        Err(error) => Err(error),
     }
-    started?;
-    let limit = settings.freeze_limit.as_secs_f32();
-    Ok(match (frozen, thawed) {
-        (Err(error), _) => {
-            start(connection)?;
-            crash(format!("the freeze of the file systems failed: {error}"))
-        }
-        (Ok(frozen), Ok(thawed)) if in_time && frozen > 0 && thawed >= frozen => Stillness {
-            consistency: Consistency::File,
-            evidence: format!(
-                "the guest agent froze {frozen} file systems for {} ms; the checkpoint was made meanwhile",
-                held.as_millis()
-            ),
-        },
-        (Ok(frozen), Ok(thawed)) => crash(format!(
-            "the freeze did not hold: {frozen} file systems were frozen, {thawed} of them still after {} ms (limit {limit} s)",
-            held.as_millis()
-        )),
-        (Ok(_), Err(error)) => crash(format!("the freeze is not proved to have held: {error}")),
-    })
+}
+
+fn migrating(machine: &MachineSpec) -> ProviderError {
+    ProviderError::Migrating {
+        object: machine.name.clone(),
+        reason: "a live migration of it runs, so no checkpoint can be made".to_owned(),
+    }
 }
 
 /// A view of a running machine.
@@ -452,15 +344,22 @@ pub(super) fn freeze(
     machine: &MachineSpec,
     exclude: &[String],
     request: &FreezeRequest,
-    settings: &Settings,
+    (settings, volumes): (&Settings, &Volumes),
     claim: Claim,
 ) -> Result<LibvirtView, ProviderError> {
-    let told = |error: &LibvirtError| failed(&machine.name, error);
-    let text = connection.definition(&domain, false).map_err(|error| told(&error))?;
+    let told = |error: LibvirtError| match error.code() {
+        // Another job had it for 30 s. Ours would have been seen before.
+        Some(LibvirtError::BUSY) => migrating(machine),
+        _ => failed(&machine.name, &error),
+    };
+    if is_migrating(&mut connection, &domain).map_err(told)? {
+        return Err(migrating(machine));
+    }
+    let text = connection.definition(&domain, false).map_err(told)?;
     let all = definition::disks(&machine.name, &text)?;
     let disks = chosen(machine, exclude, all.clone())?;
     let words = Request::new(machine, request.job, &disks, settings);
-    if let Some(job) = connection.backup(&domain).map_err(|error| told(&error))? {
+    if let Some(job) = connection.backup(&domain).map_err(told)? {
         return Err(ProviderError::Locked {
             object: machine.name.clone(),
             reason: format!(
@@ -469,29 +368,48 @@ pub(super) fn freeze(
             ),
         });
     }
-    scratch::check_room(&machine.name, &words.scratch)?;
-    let mut bases = Vec::new();
+    let folders: Vec<PathBuf> = words.scratch.iter().map(|file| scratch::around(file).to_owned()).collect();
+    let place = volumes.enter(&machine.name, request.job, &folders, request.scratch_bytes)?;
+    let memory = Memory::look(&mut connection, &domain, &disks, settings).map_err(told)?;
+    adopt(&mut connection, &domain, machine, &disks, &request.since).map_err(told)?;
+    let (mut bases, mut sizes) = (Vec::new(), Vec::new());
     for (number, disk) in disks.iter().enumerate() {
         let since = request.since.get(number).and_then(Option::as_ref);
-        bases.push(base_of(&mut connection, &domain, disk, since).map_err(|error| told(&error))?);
+        let node = memory.node(number);
+        bases.push(base_of(&mut connection, &domain, disk, node, since).map_err(told)?);
+        sizes.push(match node {
+            Ok(node) => node.size,
+            Err(_) => connection.block_info(&domain, &disk.target).map_err(told)?.capacity,
+        });
     }
     let checkpoint = words.checkpoint(machine, &all, &disks);
-    if let Err(error) = scratch::make_folders(
-        &words.files(),
-        disks.first().and_then(|disk| disk.file.as_deref()).unwrap_or("/"),
-    ) {
+    let image = disks.first().and_then(|disk| disk.file.as_deref()).unwrap_or("/");
+    let made = scratch::make_folders(&words.files(), image)
+        .and_then(|()| scratch::make_files(words.scratch.iter().zip(&sizes), image));
+    if let Err(error) = made {
         scratch::remove(&words.files());
         return Err(error);
     }
+    // Before the view, so that it has every change since: what was written in between is in the view and listed once more.
+    let own = own_bitmaps(machine);
+    let new = format!("{own}{}", request.job);
+    let in_memory: Vec<&Node> = memory.nodes.iter().flatten().collect();
+    let mut unlisted = match in_memory.is_empty() {
+        true => None,
+        false => monitor::add(&mut connection, &domain, &in_memory, &new).map_err(told)?.err(),
+    };
     let mut untracked: Option<String> = None;
-    let still = begin(&mut connection, &domain, state, settings, |connection| {
+    let mut moment = Moment { connection, domain: &domain, settings };
+    let begun = moment.begin(state, request, |connection| {
         let backup = words.backup(&all, &disks, &bases);
         match connection.backup_begin(&domain, &backup, checkpoint.as_deref(), BEGIN) {
-            Err(LibvirtError::Refused { message, .. }) if bases.iter().any(Result::is_ok) => {
+            Err(LibvirtError::Refused { message, .. })
+                if bases.iter().any(|base| matches!(base, Base::Checkpoint(_))) =>
+            {
                 // A base that libvirt or QEMU does not take is no reason for no point: everything is compared.
                 for base in &mut bases {
-                    if let Ok(mark) = base {
-                        *base = Err(format!("checkpoint {mark} cannot be used: {message}"));
+                    if let Base::Checkpoint(mark) = base {
+                        *base = Base::None(format!("checkpoint {mark} cannot be used: {message}"));
                     }
                 }
                 let backup = words.backup(&all, &disks, &bases);
@@ -510,25 +428,50 @@ pub(super) fn freeze(
             connection.backup_begin(&domain, &backup, None, BEGIN)
         })
     });
+    let connection = moment.connection;
     // From here on, begun or not, what carries our mark goes with the job.
     let mut job = Running {
         connection: Mutex::new(connection),
         domain,
         files: words.files(),
+        copies: Vec::new(),
         watch: None,
+        _place: place,
         _claim: claim,
     };
-    let mut still = still.map_err(|error| told(&error))?;
+    let ended = match begun {
+        Ok(Begun::Still(still)) => Ok(still),
+        Ok(Begun::NotFrozen(reason)) => {
+            Err(ProviderError::NotFrozen { object: machine.name.clone(), reason })
+        }
+        Err(error) => Err(told(error)),
+    };
+    let mut still = match ended {
+        Ok(still) => still,
+        Err(error) => {
+            // Without a view its marks serve nothing, and the next attempt has the same names.
+            job.forget_marks(&in_memory, &new, checkpoint.as_ref().map(|_| words.mark()));
+            return Err(error);
+        }
+    };
+    let after = job.connection.lock().unwrap_or_else(PoisonError::into_inner).definition(&job.domain, false);
+    let after = definition::disks(&machine.name, &after.map_err(told)?)?;
+    for (disk, base) in disks.iter().zip(&mut bases) {
+        let is_same = after.iter().any(|now| now.target == disk.target && now.file == disk.file);
+        if matches!(base, Base::Memory(_)) && !is_same {
+            *base = Base::None(format!("disk {} was moved to another file while the job began", disk.target));
+        }
+    }
     let another = job.connection.lock().unwrap_or_else(PoisonError::into_inner).another();
-    let another = another.map_err(|error| told(&error))?;
+    let another = another.map_err(told)?;
     job.watch = Some(scratch::Reserve::watch(another, job.domain.clone(), words.scratch.clone()));
 
-    let mut frozen = Vec::new();
-    for (disk, base) in disks.iter().zip(&bases) {
-        let bitmap = format!("backup-{}", disk.target);
+    let (mut frozen, mut swapped) = (Vec::new(), 0);
+    for (number, (disk, base)) in disks.iter().zip(&mut bases).enumerate() {
+        let shown = show(&mut job, disk, base, memory.node(number), &own, &words)?;
         let options = Options {
-            export: disk.target.clone(),
-            bitmaps: if base.is_ok() { vec![bitmap.clone()] } else { Vec::new() },
+            export: shown.export,
+            bitmaps: shown.bitmap.clone().into_iter().collect(),
             connections: 2,
             ..Options::default()
         };
@@ -538,22 +481,45 @@ pub(super) fn freeze(
             reason: format!("QEMU's NBD server: {error}"),
         };
         let export = Export::connect(&Address::Unix(words.socket.clone()), &options).map_err(unread)?;
-        let changed = match base {
-            Err(because) => Changed::Unknown { because: because.clone() },
-            Ok(mark) => match export.dirty(&bitmap) {
+        let changed = match (&*base, &shown.bitmap) {
+            (Base::None(because), _) => Changed::Unknown { because: because.clone() },
+            (Base::Checkpoint(mark) | Base::Memory(mark), Some(bitmap)) => match export.dirty(bitmap) {
                 Ok(ranges) => Changed::Listed {
                     ranges,
-                    because: format!("QEMU's dirty blocks of disk {} since checkpoint {mark}", disk.target),
+                    because: match base {
+                        Base::Memory(_) => format!(
+                            "QEMU's dirty blocks of disk {} in memory since bitmap {mark} (by its monitor, which taints the \
+                             machine)",
+                            disk.target
+                        ),
+                        _ => format!("QEMU's dirty blocks of disk {} since checkpoint {mark}", disk.target),
+                    },
                 },
                 Err(error) => {
                     Changed::Unknown { because: format!("checkpoint {mark} cannot be read: {error}") }
                 }
             },
+            (Base::Checkpoint(mark) | Base::Memory(mark), None) => {
+                Changed::Unknown { because: format!("checkpoint {mark} is not shown") }
+            }
         };
-        let mark = (Request::is_tracked(disk) && untracked.is_none()).then(|| words.mark());
+        let mark = match (keeps_bitmaps(disk), memory.node(number)) {
+            (true, _) => untracked.is_none().then(|| words.mark()),
+            (false, Ok(_)) => unlisted.is_none().then(|| new.clone()),
+            (false, Err(_)) => None,
+        };
         let size = block_io::BlockDevice::size(&export);
-        let description = describe(disk, size, mark.as_deref());
-        frozen.push(FrozenDisk { description, device: Arc::new(export), changed });
+        let mut description = describe(disk, size, mark.as_deref());
+        if let Some(kept) = base.mark() {
+            description.properties.insert(KEPT.to_owned(), kept.to_owned());
+        }
+        let mut disk = FrozenDisk { description, device: Arc::new(export), changed };
+        let since = request.since.get(number).and_then(Option::as_ref);
+        swapped += swap::leave_out(&mut disk, since, keeps_swap(machine));
+        frozen.push(disk);
+    }
+    if swapped > 0 {
+        still.evidence.push_str(&format!("; {swapped} bytes of swap partitions were left out"));
     }
     let description = MachineDescription {
         id: machine.id,
@@ -561,15 +527,30 @@ pub(super) fn freeze(
         provider: "libvirt".to_owned(),
         disks: frozen.iter().map(|disk| disk.description.clone()).collect(),
     };
-    match &untracked {
-        None => forget_others(&job, machine, &words.mark(), &bases),
-        Some(message) => {
-            still
-                .evidence
-                .push_str(&format!("; no checkpoint could be made, so changes are not tracked: {message}"));
-        }
+    if let Some(message) = untracked.take() {
+        still
+            .evidence
+            .push_str(&format!("; no checkpoint could be made, so changes are not tracked: {message}"));
+    } else {
+        forget_checkpoints(&job, machine, &words.mark(), &bases);
     }
+    if let Some(why) = unlisted.take() {
+        still.evidence.push_str(&format!(
+            "; no bitmap could be made in QEMU's memory, so changes are not tracked: {why}"
+        ));
+    }
+    forget_bitmaps(&job, &memory, &own, &new, &bases);
+    let configuration = {
+        let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = Configuration::capture(&mut connection, &job.domain, &disks, &settings.tpm);
+        let (configuration, missing) = kept.map_err(told)?;
+        for missing in missing {
+            still.evidence.push_str(&format!("; not kept with the point: {missing}"));
+        }
+        configuration.encode()?
+    };
     Ok(LibvirtView {
+        configuration,
         description,
         consistency: still.consistency,
         method: FreezeMethod::Checkpoint { evidence: still.evidence },
@@ -578,34 +559,135 @@ pub(super) fn freeze(
     })
 }
 
-/// What says whose a checkpoint is.
-fn description(machine: &MachineSpec) -> String {
-    match &machine.source {
-        Source::Libvirt(source) => format!("{DESCRIPTION}{} {}", source.owner, machine.id),
-        Source::Images(_) => format!("{DESCRIPTION}{}", machine.id),
-    }
+/// Where a disk's view and its list are read.
+struct Shown {
+    export: String,
+    bitmap: Option<String>,
+}
+
+/// Lets QEMU show a disk's list beside its view. Where that fails the base is none.
+fn show(
+    job: &mut Running,
+    disk: &Disk,
+    base: &mut Base,
+    node: Result<&Node, &str>,
+    own: &str,
+    words: &Request,
+) -> Result<Shown, ProviderError> {
+    let plain = |bitmap| Shown { export: disk.target.clone(), bitmap };
+    let (mark, node) = match (&*base, node) {
+        (Base::None(_), _) => return Ok(plain(None)),
+        (Base::Checkpoint(_), _) => return Ok(plain(Some(format!("backup-{}", disk.target)))),
+        (Base::Memory(mark), Ok(node)) => (mark.clone(), node),
+        (Base::Memory(_), Err(why)) => {
+            *base = Base::None(why.to_owned());
+            return Ok(plain(None));
+        }
+    };
+    let told = |error: LibvirtError| failed(&job.domain.name, &error);
+    let copy = format!("{own}read-{}", words.job);
+    let export = format!("{own}{}", disk.target);
+    let shown = {
+        let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = connection.backup(&job.domain).map_err(told)?.unwrap_or_default();
+        match definition::view_index(&text, &disk.target) {
+            None => Err("libvirt does not tell the view's node".to_owned()),
+            Some(index) => {
+                let view = format!("libvirt-{index}-format");
+                monitor::export(&mut connection, &job.domain, node, &mark, &copy, &view, &export)
+                    .map_err(told)?
+            }
+        }
+    };
+    job.copies.push((node.clone(), copy.clone()));
+    Ok(match shown {
+        Ok(()) => Shown { export, bitmap: Some(copy) },
+        Err(why) => {
+            *base = Base::None(format!("bitmap {mark} cannot be used: {why}"));
+            plain(None)
+        }
+    })
 }
 
 /// Removes our checkpoints of this machine but the one just made and the bases. The bitmap of each goes on from its own moment,
 /// so none loses anything by it.
-fn forget_others(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Result<String, String>]) {
+fn forget_checkpoints(job: &Running, machine: &MachineSpec, mark: &str, bases: &[Base]) {
     let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
     let Ok(checkpoints) = connection.checkpoints(&job.domain) else { return };
     // A run that reads everything is not told which one the newest point needs, and may yet fail.
     let ours = checkpoints.iter().filter(|checkpoint| checkpoint.0.starts_with(CHECKPOINT)).count();
-    if bases.iter().all(Result::is_err) && ours <= MOST_KEPT {
+    if bases.iter().all(|base| base.mark().is_none()) && ours <= MOST_KEPT {
         return;
     }
     for checkpoint in checkpoints {
         let name = checkpoint.0.as_str();
-        let is_needed = name == mark || bases.iter().any(|base| base.as_deref() == Ok(name));
+        let is_needed = name == mark || bases.iter().any(|base| base.mark() == Some(name));
         if is_needed || !name.starts_with(CHECKPOINT) {
             continue;
         }
         let Ok(Some(text)) = connection.checkpoint_definition(&job.domain, &checkpoint) else { continue };
-        if definition::text(&text, &["description"]) == Some(description(machine)) {
-            // One that cannot be removed now is tried again by the next run.
-            let _ = connection.delete_checkpoint(&job.domain, &checkpoint);
+        if definition::text(&text, &["description"]) != Some(request::description(machine)) {
+            continue;
+        }
+        // One that cannot be removed now is tried again by the next run.
+        if connection.delete_checkpoint(&job.domain, &checkpoint, false).is_err() {
+            forget_lost(&mut connection, &job.domain, machine, &checkpoint, &text);
         }
     }
+}
+
+/// Removes what is left of a checkpoint whose bitmap is gone: libvirt's note of it.
+fn forget_lost(
+    connection: &mut Connection,
+    domain: &Domain,
+    machine: &MachineSpec,
+    checkpoint: &super::rpc::Checkpoint,
+    text: &str,
+) {
+    let targets = definition::tracked_disks(text);
+    let named = targets.iter().map(|target| (target.as_str(), true));
+    let again = request::checkpoint(machine, &checkpoint.0, named, true);
+    // libvirt itself says that a bitmap is missing or broken; while one is there its note must stay, or nobody removes it.
+    if let Err(error) = connection.redefine_checkpoint(domain, &again)
+        && error.code() == Some(LibvirtError::INCONSISTENT)
+    {
+        let _ = connection.delete_checkpoint(domain, checkpoint, true);
+    }
+}
+
+/// The same for bitmaps in QEMU's memory.
+fn forget_bitmaps(job: &Running, memory: &Memory, own: &str, new: &str, bases: &[Base]) {
+    let mut connection = job.connection.lock().unwrap_or_else(PoisonError::into_inner);
+    for (node, base) in memory.nodes.iter().zip(bases) {
+        let Ok(node) = node else { continue };
+        let known = node.bitmaps(own);
+        if base.mark().is_none() && known.len() <= MOST_KEPT {
+            continue;
+        }
+        for name in known {
+            if name != new && base.mark() != Some(&name) {
+                let _ = monitor::remove(&mut connection, &job.domain, node, &name);
+            }
+        }
+    }
+}
+
+/// Removes bitmaps of a killed run that were copied for reading only. No job may run.
+pub(super) fn sweep_copies(
+    connection: &mut Connection,
+    domain: &Domain,
+    machine: &MachineSpec,
+    disks: &[Disk],
+    settings: &Settings,
+) -> Result<bool, LibvirtError> {
+    let memory = Memory::look(connection, domain, disks, settings)?;
+    let copies = format!("{}read-", own_bitmaps(machine));
+    let mut any = false;
+    for node in memory.nodes.iter().flatten() {
+        for name in node.bitmaps(&copies) {
+            remove_bitmap(connection, domain, node, &name)?;
+            any = true;
+        }
+    }
+    Ok(any)
 }

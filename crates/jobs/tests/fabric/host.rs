@@ -10,7 +10,10 @@ use jobs::port::{AgentEnd, TargetEnd};
 use jobs::{
     DiskView, Machine, MachineView, ProtectedHost, ReceiveOrder, Receiving, SendOrder, Sending, SentView,
 };
-use model::{ByteRange, Cause, Code, Consistency, JobId, Problem};
+use model::{
+    ByteRange, Cause, Code, CompletedMachine, Consistency, JobId, MachineRecovery, PreparedDisk,
+    PreparedMachine, Problem, Unfrozen,
+};
 use transfer::message::{FromTarget, ToAgent, ToServer, ToTarget};
 use transfer::{
     Connector, DiskOrder, Link, LinkError, Mode, Sender, SenderSettings, Steer, Target, TargetSettings, pair,
@@ -64,6 +67,11 @@ struct Shared {
     fault: Mutex<Option<Fault>>,
     sent: Mutex<Vec<(JobId, Vec<Vec<u8>>)>>,
     recovered: Mutex<Vec<u8>>,
+    /// Steps of the recovery of a machine, as they were called.
+    steps: Mutex<Vec<String>>,
+    refuses_completion: Mutex<bool>,
+    is_thawed_for_good: Mutex<bool>,
+    configuration: Mutex<Option<String>>,
     messages: AtomicU64,
 }
 
@@ -138,6 +146,24 @@ impl FakeHost {
 
     pub fn recovered(&self) -> Vec<u8> {
         self.0.recovered.lock().unwrap().clone()
+    }
+
+    /// Steps of the recovery of a machine since the last question.
+    pub fn steps(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.steps.lock().unwrap())
+    }
+
+    pub fn configure(&self, text: &str) {
+        *self.0.configuration.lock().unwrap() = Some(text.to_owned());
+    }
+
+    /// The machine cannot be frozen any more.
+    pub fn stay_thawed(&self) {
+        *self.0.is_thawed_for_good.lock().unwrap() = true;
+    }
+
+    pub fn refuse_completion(&self, refuses: bool) {
+        *self.0.refuses_completion.lock().unwrap() = refuses;
     }
 
     fn view(&self, disks: &[Vec<u8>]) -> MachineView {
@@ -345,6 +371,11 @@ impl ProtectedHost for FakeHost {
     }
 
     fn send(&self, order: SendOrder) -> Result<Box<dyn Sending>, Problem> {
+        if *self.0.is_thawed_for_good.lock().unwrap()
+            && (order.may_retry || order.machine.unfrozen == Unfrozen::Fail)
+        {
+            return Err(Problem::new(Code::NotFrozen, "No agent answers."));
+        }
         let fault = self.0.fault.lock().unwrap().take();
         if let Some(Fault::Before(act)) = &fault {
             act(self);
@@ -385,6 +416,7 @@ impl ProtectedHost for FakeHost {
             dead: Arc::default(),
         };
         let fate = fault.clone();
+        let configuration = self.0.configuration.lock().unwrap().clone().unwrap_or_default();
         let worker = std::thread::spawn(move || {
             sender
                 .run(&mut dial)
@@ -396,7 +428,12 @@ impl ProtectedHost for FakeHost {
                 Some(Fault::OtherView) => drop(view.disks.pop()),
                 _ => {}
             }
-            Ok(SentView { view, consistency: Consistency::Offline, evidence: "the test".to_owned() })
+            Ok(SentView {
+                view,
+                consistency: Consistency::Offline,
+                evidence: "the test".to_owned(),
+                configuration,
+            })
         });
         Ok(Box::new(FakeSending { links, worker: Some(worker), stop, said, job: order.steer, fault }))
     }
@@ -412,5 +449,48 @@ impl ProtectedHost for FakeHost {
             result.map(drop).map_err(|error| Problem::new(Code::AgentUnreachable, format!("{error}.")))
         });
         Ok(Box::new(FakeReceiving { link: Some(Arc::new(server)), worker: Some(worker) }))
+    }
+
+    fn prepare_machine(&self, recovery: &MachineRecovery) -> Result<PreparedMachine, Problem> {
+        let blocks = |bytes: u64| bytes / model::BLOCK_BYTES;
+        let needs = recovery.disks.iter().map(|disk| (blocks(disk.data_bytes), blocks(disk.changed_bytes)));
+        let needs: Vec<(u64, u64)> = needs.collect();
+        self.0.steps.lock().unwrap().push(format!("prepare {} {needs:?}", recovery.configuration));
+        let disks = recovery.disks.iter().map(|disk| PreparedDisk {
+            disk: disk.disk,
+            path: format!("/disks/{}", disk.disk),
+            format: "raw".to_owned(),
+            over: None,
+            is_done: false,
+        });
+        Ok(PreparedMachine {
+            id: recovery.machine,
+            name: recovery.machine_name.clone(),
+            disks: disks.collect(),
+            stopped: false,
+            notes: Vec::new(),
+        })
+    }
+
+    fn complete_machine(
+        &self,
+        _recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, Problem> {
+        self.0.steps.lock().unwrap().push("complete".to_owned());
+        if *self.0.refuses_completion.lock().unwrap() {
+            return Err(Problem::new(Code::TargetWrite, "The definition was refused."));
+        }
+        let (id, name) = (prepared.id, prepared.name.clone());
+        Ok(CompletedMachine { id, name, started: false, notes: Vec::new() })
+    }
+
+    fn abandon_machine(
+        &self,
+        _recovery: &MachineRecovery,
+        _prepared: &PreparedMachine,
+    ) -> Result<(), Problem> {
+        self.0.steps.lock().unwrap().push("abandon".to_owned());
+        Ok(())
     }
 }

@@ -62,10 +62,15 @@ impl Ledger {
             let may_be_lost = lost == Lost::Any || lost == Lost::Older && newest != Some(point.id);
             let job = point.details().job.ok_or("a point without a job")?;
             let disks = self.sent.get(&job).ok_or_else(|| format!("nobody sent point {}", point.id))?;
-            if disks.len() != point.disks.len() {
-                return Err(format!("point {} has {} disks of {}", point.id, point.disks.len(), disks.len()));
+            if disks.len() != point.machine_disks().count() {
+                return Err(format!(
+                    "point {} has {} disks of {}",
+                    point.id,
+                    point.machine_disks().count(),
+                    disks.len()
+                ));
             }
-            for (disk, truth) in point.disks.iter().zip(disks) {
+            for (disk, truth) in point.machine_disks().zip(disks) {
                 let device = pool.open_disk(point.id, disk.index).map_err(|error| error.to_string())?;
                 if device.size() != truth.len() as u64 {
                     return Err(format!("point {}: {} bytes of {}", point.id, device.size(), truth.len()));

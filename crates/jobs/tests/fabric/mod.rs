@@ -14,10 +14,13 @@ use std::time::Duration;
 use environment::simulated::SimulatedFiles;
 use environment::{Clock, FixedClock, SeededRandomness};
 use jobs::decide::Wish;
+use jobs::machine::{self, RecoveredMachine, WholeMachine};
 use jobs::recover::{Recovered, Recovery};
 use jobs::synchronize::Outcome;
 use jobs::{JobContext, LogLevel, Machine, recover, synchronize};
-use model::{BLOCK_BYTES, ByteRange, DatasourceId, JobId, Problem, RangeSet, RecoveryPointId, Timestamp};
+use model::{
+    BLOCK_BYTES, ByteRange, DatasourceId, JobId, Problem, RangeSet, RecoveryPointId, Timestamp, Unfrozen,
+};
 use storage_pool::kit::Recipient;
 use storage_pool::reclaim::{InProcessDeletion, ReclaimOptions, ReclaimReport};
 use storage_pool::verify::{Depth, VerifyReport};
@@ -75,6 +78,11 @@ impl JobContext for Context {
         self.lines.lock().unwrap().push(line);
     }
 
+    fn wait(&self, duration: Duration) -> Result<(), Problem> {
+        self.lines.lock().unwrap().push(format!("waits {} s", duration.as_secs()));
+        Ok(())
+    }
+
     fn alert(&self, problem: Problem) {
         self.alerts.lock().unwrap().push(problem);
         (self.on_alert)();
@@ -126,6 +134,9 @@ impl Fabric {
                 name: "web".to_owned(),
                 host: "hv1".to_owned(),
                 definition: "{}".to_owned(),
+                unfrozen: Unfrozen::default(),
+                freeze_wait: Duration::from_secs(300),
+                news: None,
             },
             ledger: Ledger::default(),
             lines: Vec::new(),
@@ -183,7 +194,7 @@ impl Fabric {
             on_alert: Box::new(move || hook.iter().for_each(|hook| hook())),
         };
         let now = Timestamp(self.clock.now_micros());
-        let result = synchronize::run(self.pool(), &self.host, machine, wish, now, &context);
+        let result = synchronize::run(self.pool(), &self.host, machine, wish, &|| now, &context);
         self.lines = context.lines.into_inner().unwrap();
         self.alerts = context.alerts.into_inner().unwrap();
         for (job, disks) in self.host.take_sent() {
@@ -264,6 +275,7 @@ impl Fabric {
             disk: 0,
             path: "disk0".to_owned(),
             format: "raw".to_owned(),
+            over: None,
             overwrite: false,
             sync: true,
             accept_damage: false,
@@ -271,6 +283,18 @@ impl Fabric {
             pace: None,
             compress: None,
         }
+    }
+
+    pub fn recover_machine(&self, whole: &WholeMachine) -> Result<RecoveredMachine, Problem> {
+        let newest = self.pool().state().in_order().next_back().cloned();
+        let context = Context {
+            id: JobId([9; 16]),
+            steer: Steer::new(),
+            lines: Mutex::default(),
+            alerts: Mutex::default(),
+            on_alert: Box::new(|| {}),
+        };
+        machine::run(self.pool(), &self.host, whole, newest.as_ref(), &context)
     }
 
     pub fn recover(&self, recovery: &Recovery) -> Result<(Recovered, Vec<u8>), Problem> {

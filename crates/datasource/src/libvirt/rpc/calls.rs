@@ -1,9 +1,12 @@
 //! The calls that are used, with their numbers.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::libvirt::definition;
+
 use super::xdr::{Reader, Writer};
-use super::{ANSWER, Connection, LibvirtError, QEMU, REMOTE};
+use super::{ANSWER, CHANGE, Connection, LibvirtError, QEMU, REMOTE, WAIT};
 
 /// A machine, as libvirt names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +31,15 @@ pub(in crate::libvirt) enum State {
 /// A checkpoint's name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::libvirt) struct Checkpoint(pub(in crate::libvirt) String);
+
+/// Which definition of a machine is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::libvirt) enum Kept {
+    /// What it will be when it starts the next time.
+    NextStart,
+    /// What it is, as another host could take it over.
+    Running,
+}
 
 /// Bytes of a disk as libvirt counts them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,14 +113,175 @@ impl Connection {
         Reader::new(&answer).string("definition")
     }
 
+    /// The definition to keep: that of the next start, with passwords.
+    pub(in crate::libvirt) fn definition_to_keep(
+        &mut self,
+        domain: &Domain,
+        form: Kept,
+    ) -> Result<String, LibvirtError> {
+        // VIR_DOMAIN_XML_SECURE is 1, INACTIVE 2, MIGRATABLE 8.
+        let flags = match form {
+            Kept::NextStart => 1 | 2,
+            Kept::Running => 1 | 8,
+        };
+        let answer = self.call((REMOTE, 14, "definition"), put(domain).u32(flags), ANSWER)?;
+        Reader::new(&answer).string("definition")
+    }
+
+    /// The machine of this name, if the host has it.
+    pub(in crate::libvirt) fn domain_named(&mut self, name: &str) -> Result<Option<Domain>, LibvirtError> {
+        match self.call((REMOTE, 23, "look-up by name"), Writer::new().string(name), ANSWER) {
+            Ok(answer) => get(&mut Reader::new(&answer)).map(Some),
+            Err(error) if error.code() == Some(LibvirtError::NO_DOMAIN) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes a definition over: of a new machine, or in the place of the one of the same UUID.
+    pub(in crate::libvirt) fn define(&mut self, definition: &str) -> Result<Domain, LibvirtError> {
+        let arguments = Writer::new().string(definition).u32(0);
+        let answer = self.call((REMOTE, 350, "definition of a machine"), arguments, CHANGE)?;
+        get(&mut Reader::new(&answer))
+    }
+
+    pub(in crate::libvirt) fn start(&mut self, domain: &Domain) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 196, "start"), put(domain).u32(0), CHANGE).map(drop)
+    }
+
+    /// Asks the guest to shut down; it need not.
+    pub(in crate::libvirt) fn shut_down(&mut self, domain: &Domain) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 258, "shutdown"), put(domain).u32(0), ANSWER).map(drop)
+    }
+
+    /// Cuts its power.
+    pub(in crate::libvirt) fn destroy(&mut self, domain: &Domain) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 234, "stop"), put(domain).u32(0), CHANGE).map(drop)
+    }
+
+    /// Its processors stand still.
+    pub(in crate::libvirt) fn suspend(
+        &mut self,
+        domain: &Domain,
+        limit: Duration,
+    ) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 34, "pause"), put(domain), limit).map(drop)
+    }
+
+    /// And go on.
+    pub(in crate::libvirt) fn resume(
+        &mut self,
+        domain: &Domain,
+        limit: Duration,
+    ) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 28, "resume"), put(domain), limit).map(drop)
+    }
+
+    /// Whether memory of the machine is saved, to be restored at its next start.
+    pub(in crate::libvirt) fn has_saved_memory(&mut self, domain: &Domain) -> Result<bool, LibvirtError> {
+        let answer = self.call((REMOTE, 183, "saved memory"), put(domain).u32(0), ANSWER)?;
+        Ok(Reader::new(&answer).i32("saved memory")? != 0)
+    }
+
+    /// Whether the host starts it by itself.
+    pub(in crate::libvirt) fn autostart(&mut self, domain: &Domain) -> Result<bool, LibvirtError> {
+        let answer = self.call((REMOTE, 15, "autostart"), put(domain), ANSWER)?;
+        Ok(Reader::new(&answer).i32("autostart")? != 0)
+    }
+
+    pub(in crate::libvirt) fn set_autostart(
+        &mut self,
+        domain: &Domain,
+        is_on: bool,
+    ) -> Result<(), LibvirtError> {
+        let arguments = put(domain).i32(is_on.into());
+        self.call((REMOTE, 29, "change of autostart"), arguments, ANSWER).map(drop)
+    }
+
+    /// Begins to write what is in `top` into `base`; the running machine's own image if `top` is absent.
+    pub(in crate::libvirt) fn block_commit(
+        &mut self,
+        domain: &Domain,
+        disk: &str,
+        base: &str,
+        top: Option<&str>,
+    ) -> Result<(), LibvirtError> {
+        // VIR_DOMAIN_BLOCK_COMMIT_ACTIVE is 4.
+        let flags = if top.is_none() { 4 } else { 0 };
+        let arguments = put(domain).string(disk).optional(Some(base)).optional(top).u64(0).u32(flags);
+        self.call((REMOTE, 290, "commit of an image"), arguments, CHANGE).map(drop)
+    }
+
+    /// Bytes done and to do of a disk's block job; nothing if it has none.
+    pub(in crate::libvirt) fn block_job(
+        &mut self,
+        domain: &Domain,
+        disk: &str,
+    ) -> Result<Option<(u64, u64)>, LibvirtError> {
+        let answer = self.call((REMOTE, 238, "block job"), put(domain).string(disk).u32(0), ANSWER)?;
+        let mut reader = Reader::new(&answer);
+        let is_found = reader.i32("block job")? != 0;
+        reader.i32("its kind")?;
+        reader.u64("its bandwidth")?;
+        let (done, end) = (reader.u64("bytes done")?, reader.u64("bytes to do")?);
+        Ok(is_found.then_some((done, end)))
+    }
+
+    /// Gives a block job up.
+    pub(in crate::libvirt) fn cancel_block_job(
+        &mut self,
+        domain: &Domain,
+        disk: &str,
+    ) -> Result<(), LibvirtError> {
+        self.call((REMOTE, 237, "end of a block job"), put(domain).string(disk).u32(0), CHANGE).map(drop)
+    }
+
+    /// Whether its definition outlives its process.
+    pub(in crate::libvirt) fn is_persistent(&mut self, domain: &Domain) -> Result<bool, LibvirtError> {
+        let answer = self.call((REMOTE, 151, "persistence"), put(domain), ANSWER)?;
+        Ok(Reader::new(&answer).i32("persistence")? != 0)
+    }
+
+    /// Lets the machine go on from the image that the job wrote to.
+    pub(in crate::libvirt) fn pivot(&mut self, domain: &Domain, disk: &str) -> Result<(), LibvirtError> {
+        // VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT is 2.
+        self.call((REMOTE, 237, "end of a commit"), put(domain).string(disk).u32(2), CHANGE).map(drop)
+    }
+
+    /// The folder of a storage pool that is one.
+    pub(in crate::libvirt) fn pool_folder(&mut self, name: &str) -> Result<PathBuf, LibvirtError> {
+        let answer =
+            self.call((REMOTE, 84, "look-up of a storage pool"), Writer::new().string(name), ANSWER)?;
+        let mut reader = Reader::new(&answer);
+        let (name, uuid) = (reader.string("name of a storage pool")?, reader.fixed("its UUID")?);
+        let arguments = Writer::new().string(&name).fixed(&uuid).u32(0);
+        let answer = self.call((REMOTE, 88, "definition of a storage pool"), arguments, ANSWER)?;
+        let text = Reader::new(&answer).string("definition of a storage pool")?;
+        let path = definition::text(&text, &["target", "path"]).filter(|path| path.starts_with('/'));
+        path.map(PathBuf::from).ok_or_else(|| {
+            LibvirtError::Protocol(format!("storage pool {name} has no folder; give a path of the host"))
+        })
+    }
+
     pub(in crate::libvirt) fn state(&mut self, domain: &Domain) -> Result<State, LibvirtError> {
+        Ok(self.state_and_reason(domain)?.0)
+    }
+
+    /// Whether it is off because it was migrated to another host. libvirt forgets that when it is started anew, so a no proves nothing.
+    pub(in crate::libvirt) fn has_left(&mut self, domain: &Domain) -> Result<bool, LibvirtError> {
+        // VIR_DOMAIN_SHUTOFF_MIGRATED is 4.
+        Ok(self.state_and_reason(domain)? == (State::Off, 4))
+    }
+
+    fn state_and_reason(&mut self, domain: &Domain) -> Result<(State, i32), LibvirtError> {
         let answer = self.call((REMOTE, 212, "state"), put(domain).u32(0), ANSWER)?;
+        let mut reader = Reader::new(&answer);
         // 1 running, 2 blocked, 3 paused, 4 shutting down, 5 off, 6 crashed, 7 suspended by the guest.
-        Ok(match Reader::new(&answer).i32("state")? {
+        let state = match reader.i32("state")? {
             1 | 2 | 4 => State::Running,
             3 | 7 => State::Paused,
             _ => State::Off,
-        })
+        };
+        Ok((state, reader.i32("reason of the state")?))
     }
 
     pub(in crate::libvirt) fn block_info(
@@ -152,7 +325,53 @@ impl Connection {
         Ok(Reader::new(&answer).optional("answer of the agent")?.unwrap_or_default())
     }
 
-    /// Begins a backup job, in the same moment with a checkpoint.
+    /// Gives a command to QEMU's monitor; what QEMU refuses is an answer, too.
+    pub(in crate::libvirt) fn monitor(
+        &mut self,
+        domain: &Domain,
+        command: &str,
+    ) -> Result<String, LibvirtError> {
+        let arguments = put(domain).string(command).u32(0);
+        let answer = self.call((QEMU, 1, "QEMU's monitor"), arguments, WAIT)?;
+        Reader::new(&answer).string("answer of the monitor")
+    }
+
+    /// Makes a checkpoint known again whose bitmaps are in the images, and proves that they are.
+    pub(in crate::libvirt) fn redefine_checkpoint(
+        &mut self,
+        domain: &Domain,
+        definition: &str,
+    ) -> Result<(), LibvirtError> {
+        // VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE is 1, REDEFINE_VALIDATE 4.
+        let arguments = put(domain).string(definition).u32(1 | 4);
+        self.call((REMOTE, 411, "redefinition of a checkpoint"), arguments, WAIT).map(drop)
+    }
+
+    /// What the machine is busy with: `virDomainJobOperation`, 0 for nothing. libvirt refuses to tell at the target of a migration.
+    pub(in crate::libvirt) fn operation(&mut self, domain: &Domain) -> Result<i32, LibvirtError> {
+        let answer = self.call((REMOTE, 298, "running job"), put(domain).u32(0), ANSWER)?;
+        let mut reader = Reader::new(&answer);
+        reader.i32("kind of the job")?;
+        for _ in 0..reader.count(12, "figures of a job")? {
+            let name = reader.string("name of a figure")?;
+            match reader.i32("kind of a figure")? {
+                1 | 2 | 6 => {
+                    let value = reader.i32("figure")?;
+                    if name == "operation" {
+                        return Ok(value);
+                    }
+                }
+                3..=5 => drop(reader.u64("figure")?),
+                7 => drop(reader.string("figure")?),
+                kind => {
+                    return Err(LibvirtError::Protocol(format!("a figure of kind {kind} is not known")));
+                }
+            }
+        }
+        Ok(0)
+    }
+
+    /// Begins a backup job, in the same moment with a checkpoint. The scratch files are there already.
     pub(in crate::libvirt) fn backup_begin(
         &mut self,
         domain: &Domain,
@@ -160,7 +379,8 @@ impl Connection {
         checkpoint: Option<&str>,
         limit: Duration,
     ) -> Result<(), LibvirtError> {
-        let arguments = put(domain).string(backup).optional(checkpoint).u32(0);
+        // VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL is 1: libvirt's own scratch files cannot lie over a VHDX image.
+        let arguments = put(domain).string(backup).optional(checkpoint).u32(1);
         self.call((REMOTE, 421, "beginning of a backup"), arguments, limit).map(drop)
     }
 
@@ -223,9 +443,12 @@ impl Connection {
         &mut self,
         domain: &Domain,
         checkpoint: &Checkpoint,
+        only_metadata: bool,
     ) -> Result<(), LibvirtError> {
         let dom = put(domain).done();
-        let arguments = Writer::new().string(&checkpoint.0).append(&dom).u32(0);
+        // VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY is 2.
+        let arguments =
+            Writer::new().string(&checkpoint.0).append(&dom).u32(if only_metadata { 2 } else { 0 });
         match self.call((REMOTE, 417, "removal of a checkpoint"), arguments, ANSWER) {
             Err(error) if error.code() == Some(LibvirtError::NO_CHECKPOINT) => Ok(()),
             other => other.map(drop),
@@ -322,7 +545,7 @@ mod tests {
         assert_eq!(connection.state(&domain).unwrap(), State::Running);
         assert_eq!(connection.block_info(&domain, "vda").unwrap().capacity, 512 << 20);
         assert_eq!(connection.freeze(&domain, ANSWER).unwrap(), 1);
-        connection.delete_checkpoint(&domain, &Checkpoint("ck1".to_owned())).unwrap();
+        connection.delete_checkpoint(&domain, &Checkpoint("ck1".to_owned()), false).unwrap();
         assert_eq!(connection.backup(&domain).unwrap(), None);
     }
 

@@ -18,7 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub(super) use calls::{Checkpoint, Domain, State};
+pub(super) use calls::{Checkpoint, Domain, Kept, State};
 use xdr::{Reader, Writer};
 
 /// The program of libvirt's general calls.
@@ -33,6 +33,10 @@ const HEADER: usize = 28;
 const MAX_PACKET: usize = 32 << 20;
 /// How long a plain question may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
+/// For calls that libvirt itself lets wait up to 30 s for another job of the machine.
+const WAIT: Duration = Duration::from_secs(40);
+/// For calls that start and stop processes.
+const CHANGE: Duration = Duration::from_secs(120);
 
 /// Why libvirt could not be asked, or what it answered instead.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +78,12 @@ impl LibvirtError {
     pub(super) const NO_DOMAIN: i32 = 42;
     /// `VIR_ERR_OPERATION_INVALID`: not in this state, no such job.
     pub(super) const INVALID: i32 = 55;
+    /// `VIR_ERR_OPERATION_TIMEOUT`: another job of the machine held it for 30 s.
+    pub(super) const BUSY: i32 = 68;
+    /// `VIR_ERR_OPERATION_UNSUPPORTED`.
+    pub(super) const UNSUPPORTED: i32 = 84;
+    /// `VIR_ERR_CHECKPOINT_INCONSISTENT`: a bitmap is missing or broken.
+    pub(super) const INCONSISTENT: i32 = 109;
     /// `VIR_ERR_NO_DOMAIN_CHECKPOINT`.
     pub(super) const NO_CHECKPOINT: i32 = 103;
     /// `VIR_ERR_NO_DOMAIN_BACKUP`.

@@ -20,6 +20,11 @@ impl Writer {
         self
     }
 
+    pub(super) fn u64(mut self, value: u64) -> Writer {
+        self.0.extend_from_slice(&value.to_be_bytes());
+        self
+    }
+
     pub(super) fn i32(self, value: i32) -> Writer {
         self.u32(value as u32)
     }
