@@ -1,11 +1,11 @@
 //! Each command as questions to the API.
 
-use model::{Code, ExitStatus, Problem};
+use model::{Code, Consistency, ExitStatus, Problem};
 use protocol::api::{
     AddImage, AddMachine, Alert, ChangedExtents, CopyPool, Datasource, Host, Job, JobLogLine, KeyGeneration,
-    KitFile, KitReport, ListedDisk, ListedMachine, MakeToken, PointDiff, PoolStatus, Protect, Prune,
-    Recipient, Reclaim, RecoverDisk, RecoverTarget, RecoveryPoint, Status, Synchronize, Time, TokenMade,
-    VerifyPool,
+    KitFile, KitReport, ListedDisk, ListedMachine, MachineTarget, MakeToken, PointDiff, PoolStatus, Protect,
+    Prune, Recipient, Reclaim, RecoverDisk, RecoverMachine, RecoverTarget, RecoveryPoint, Status,
+    Synchronize, Time, TokenMade, VerifyPool,
 };
 use serde_json::json;
 
@@ -40,6 +40,7 @@ pub async fn run(room: &Room<'_>, command: &Command) -> Result<ExitStatus, Probl
         }
         Command::RecoveryPoint(command) => point(room, command).await,
         Command::Recover(RecoverCommand::Disk(args)) => recover_disk(room, args).await,
+        Command::Recover(RecoverCommand::Vm(args)) => recover_vm(room, args).await,
         Command::Pool(command) => pool(room, command).await,
         Command::Prune { datasource, keep_last, yes, job } => {
             if !job.dry_run && keep_last.is_some() {
@@ -269,9 +270,23 @@ async fn datasource(room: &Room<'_>, command: &DatasourceCommand) -> Result<Exit
             output.object("datasource", &added);
             output.text(&format!("Added {}, id {}", printable(&added.name), added.id));
         }
-        DatasourceCommand::AddMachine { machine, host, exclude, .. } => {
-            let request =
-                AddMachine { machine: machine.clone(), host: host.clone(), exclude: exclude.clone() };
+        DatasourceCommand::AddMachine {
+            machine,
+            host,
+            exclude,
+            keep_swap,
+            without_freeze,
+            freeze_wait,
+            ..
+        } => {
+            let request = AddMachine {
+                machine: machine.clone(),
+                host: host.clone(),
+                exclude: exclude.clone(),
+                keep_swap: *keep_swap,
+                without_freeze: *without_freeze,
+                freeze_wait_seconds: *freeze_wait,
+            };
             let added: Datasource = client.post("/datasources/machines", &request).await?;
             output.object("datasource", &added);
             output.text(&format!("Added {}, id {}", printable(&added.name), added.id));
@@ -468,18 +483,53 @@ fn show_point(output: &Output, it: &RecoveryPoint) {
     }
 }
 
-async fn recover_disk(room: &Room<'_>, args: &RecoverDiskArgs) -> Result<ExitStatus, Problem> {
-    let (client, output) = (&room.client, room.output);
-    let name = args.datasource.as_deref().unwrap_or_default();
+async fn recover_vm(room: &Room<'_>, args: &RecoverVmArgs) -> Result<ExitStatus, Problem> {
+    let output = room.output;
+    let point = resolved_point(room, &args.datasource, &args.point, args.min_consistency).await?;
+    if args.original && !args.job.dry_run {
+        let what = format!(
+            "This puts {} back to {}: what its disks hold now is replaced and kept for 7 days",
+            args.datasource,
+            output.time(point.time)
+        );
+        output.confirm(&what, &args.datasource, args.yes)?;
+    }
+    let target = match args.original {
+        true => MachineTarget::Original { stop: args.stop },
+        false => {
+            MachineTarget::Host { host: args.host.clone(), path: args.path.clone(), format: args.format }
+        }
+    };
     let limit =
         args.limit.as_deref().map(|text| read::rate(text, output.zone(), output.now())).transpose()?;
-    let typed = room.typed_point(&args.point)?;
+    let body = RecoverMachine {
+        point: point.id.to_string(),
+        target,
+        name: args.name.clone(),
+        identity: args.identity,
+        network: args.network.clone(),
+        start: args.start,
+        limit,
+        min_consistency: args.min_consistency,
+    };
+    room.job(&format!("/datasources/{}/recover-vm", coded(&args.datasource)), Some(&body), args.job).await
+}
+
+/// The point that was typed, told to whoever typed it.
+async fn resolved_point(
+    room: &Room<'_>,
+    datasource: &str,
+    typed: &str,
+    min_consistency: Option<Consistency>,
+) -> Result<RecoveryPoint, Problem> {
+    let output = room.output;
+    let typed = room.typed_point(typed)?;
     // What only this point uses is not shown here.
-    let mut query = format!("?datasource={}&count=false", coded(name));
-    if let Some(least) = args.min_consistency {
+    let mut query = format!("?datasource={}&count=false", coded(datasource));
+    if let Some(least) = min_consistency {
         query.push_str(&format!("&min_consistency={}", least.word()));
     }
-    let point: RecoveryPoint = client.get(&format!("/recovery-points/{}{query}", coded(&typed))).await?;
+    let point: RecoveryPoint = room.client.get(&format!("/recovery-points/{}{query}", coded(&typed))).await?;
     output.message(&format!(
         "Recovery point {} of {}, {} ago, consistency {}, id {}",
         output.time(point.time),
@@ -488,6 +538,15 @@ async fn recover_disk(room: &Room<'_>, args: &RecoverDiskArgs) -> Result<ExitSta
         point.consistency.word(),
         point.id
     ));
+    Ok(point)
+}
+
+async fn recover_disk(room: &Room<'_>, args: &RecoverDiskArgs) -> Result<ExitStatus, Problem> {
+    let output = room.output;
+    let name = args.datasource.as_deref().unwrap_or_default();
+    let limit =
+        args.limit.as_deref().map(|text| read::rate(text, output.zone(), output.now())).transpose()?;
+    let point = resolved_point(room, name, &args.point, args.min_consistency).await?;
     let (host, path) = read::host_path(&args.to);
     let target = match host {
         Some(host) => RecoverTarget::Host { host: host.to_owned(), path: path.to_owned() },

@@ -193,6 +193,13 @@ pub fn figure_lines(output: &Output, figures: &Figures) -> Vec<String> {
     if let Some(cause) = &figures.cause {
         lines.push(format!("{:18} {}", "cause", printable(cause)));
     }
+    for note in &figures.notes {
+        lines.push(format!("{:18} {}", "note", printable(note)));
+    }
+    if let Some(machine) = &figures.machine {
+        let id = figures.machine_id.map(|id| format!(" ({id})")).unwrap_or_default();
+        lines.push(format!("{:18} {}{id}", "machine", printable(machine)));
+    }
     if let Some(target) = &figures.target {
         lines.push(format!("{:18} {}", "target", printable(target)));
     }

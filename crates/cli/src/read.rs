@@ -1,7 +1,7 @@
 //! What a person types: rates, durations, times, paths, lists of changed extents. Turned at once into what is needed.
 
 use jiff::tz::TimeZone;
-use model::{Code, Problem, Timestamp};
+use model::{Code, Identity, Network, Problem, Stop, Timestamp};
 use protocol::api::{DiskFormat, LimitHours, RateLimit, Time};
 
 fn usage(message: impl Into<String>) -> Problem {
@@ -55,6 +55,38 @@ pub fn size(text: &str) -> Result<u64, String> {
         _ => return Err(wrong()),
     };
     digits.parse::<u64>().ok().and_then(|number| number.checked_mul(bytes)).ok_or_else(wrong)
+}
+
+/// Who a recovered machine is.
+pub fn identity(text: &str) -> Result<Identity, String> {
+    match text {
+        "new" => Ok(Identity::New),
+        "keep" => Ok(Identity::Keep),
+        _ => Err("an identity is new or keep".to_owned()),
+    }
+}
+
+/// How a running machine is stopped.
+pub fn stop(text: &str) -> Result<Stop, String> {
+    match text {
+        "graceful" => Ok(Stop::Graceful),
+        "now" => Ok(Stop::Now),
+        _ => Err("a machine is stopped graceful or now".to_owned()),
+    }
+}
+
+/// What the adapters of a recovered machine are connected to: `keep`, `disconnect`, `lan=test,br0=br1`.
+pub fn network(text: &str) -> Result<Network, String> {
+    match text {
+        "keep" => return Ok(Network::Keep),
+        "disconnect" => return Ok(Network::Disconnect),
+        _ => {}
+    }
+    let pairs = text.split(',').map(|pair| match pair.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.to_owned(), new.to_owned())),
+        _ => Err(format!("{pair:?} is neither keep nor disconnect nor OLD=NEW")),
+    });
+    pairs.collect::<Result<_, String>>().map(Network::Map)
 }
 
 /// A rate: `50MB/s`, `400Mbit/s`, `1.5GiB/s`, with hours `50MB/s@mon-fri/08:00-18:00`. `zone` gives the hours' offset.

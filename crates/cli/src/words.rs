@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use model::{Consistency, PoolId};
+use model::{Consistency, Identity, Network, PoolId, Stop, Unfrozen};
 use protocol::api::DiskFormat;
 
 use crate::read;
@@ -296,6 +296,16 @@ pub enum DatasourceCommand {
         /// A disk to leave out, by its name in the machine; a recovered machine has it empty
         #[arg(long, value_name = "DISK")]
         exclude: Vec<String>,
+        /// Protect the inside of swap partitions, too
+        #[arg(long)]
+        keep_swap: bool,
+        /// If it runs and its file systems cannot be frozen: no point, pause it for the checkpoint, or a crash-consistent
+        /// point and an alert; crash if absent. Adding it again changes this
+        #[arg(long, value_name = "fail|pause|crash")]
+        without_freeze: Option<Unfrozen>,
+        /// How long to wait before each of two more attempts to freeze it; 5m if absent
+        #[arg(long, value_name = "DURATION", value_parser = read::duration)]
+        freeze_wait: Option<u64>,
         #[command(flatten)]
         create: CreationArgs,
     },
@@ -393,6 +403,59 @@ pub enum PointCommand {
 pub enum RecoverCommand {
     /// Recover a disk into a file
     Disk(RecoverDiskArgs),
+    /// Recover a whole machine: in place of the original, or as one of its own
+    #[command(alias = "machine")]
+    Vm(RecoverVmArgs),
+}
+
+/// `recover vm ..`
+#[derive(Debug, Clone, Args)]
+#[command(group(clap::ArgGroup::new("target").required(true).multiple(true).args(["original", "host", "path", "name"])))]
+pub struct RecoverVmArgs {
+    /// NAME, HOST/NAME or a unique prefix of its id
+    pub datasource: String,
+    /// Id, unique prefix, latest, or @TIME (the last one at or before)
+    #[arg(long)]
+    pub point: String,
+    /// Replace the disks of the original by what differs; they are kept for 7 days
+    #[arg(long, conflicts_with_all = ["host", "path", "name", "identity", "format"])]
+    pub original: bool,
+    /// To this enrolled host, as a machine of its own; standalone: this machine
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Folder on the host, or storage pool of its hypervisor, for its disks
+    #[arg(long, value_name = "DIR")]
+    pub path: Option<String>,
+    /// Its name; NAME-recovered if the identity is new
+    #[arg(long)]
+    pub name: Option<String>,
+    /// A machine of its own is another one (new) or the same (keep)
+    #[arg(long, value_name = "new|keep", value_parser = read::identity)]
+    pub identity: Option<Identity>,
+    /// keep, disconnect, or OLD=NEW,.. to connect adapters to other networks; disconnect if absent, keep with --original
+    #[arg(long, value_name = "keep|disconnect|MAP", value_parser = read::network)]
+    pub network: Option<Network>,
+    /// raw, vhd, vhdx or qcow2; as it was otherwise
+    #[arg(long, value_parser = read::format)]
+    pub format: Option<DiskFormat>,
+    /// How a running original is stopped: the guest is asked, or its power is cut
+    #[arg(long, value_name = "graceful|now", requires = "original", value_parser = read::stop)]
+    pub stop: Option<Stop>,
+    /// Start the machine in the end
+    #[arg(long)]
+    pub start: bool,
+    /// How fast at most: 50MB/s, 400Mbit/s, 50MB/s@mon-fri/08:00-18:00
+    #[arg(long, value_name = "RATE")]
+    pub limit: Option<String>,
+    /// Refuse a point of less: application, file, crash or offline
+    #[arg(long, value_name = "LEVEL")]
+    pub min_consistency: Option<Consistency>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
+    /// How the job is treated.
+    #[command(flatten)]
+    pub job: JobArgs,
 }
 
 /// `recover disk ..`

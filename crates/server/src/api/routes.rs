@@ -10,8 +10,9 @@ use model::{Code, Consistency, Problem};
 use protocol::api::{
     AddImage, AddMachine, Alert, AllocatedPage, BASE, CopyPool, Datasource, Direct, Host, Job, JobEvent,
     JobLogLine, JobRequest, KeyGeneration, KitFile, KitReport, ListedMachine, MakeToken, Page, PageQuery,
-    Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune, Recipient, Reclaim, RecoverDisk, RecoverTarget,
-    RecoveryPoint, RemoveData, Started, Status, Synchronize, Time, TokenMade, VerifyPool, Version,
+    Plan, PointDiff, PoolStatus, ProblemBody, Protect, Prune, Recipient, Reclaim, RecoverDisk,
+    RecoverMachine, RecoverTarget, RecoveryPoint, RemoveData, Started, Status, Synchronize, Time, TokenMade,
+    VerifyPool, Version,
 };
 use serde::Deserialize;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
@@ -73,6 +74,7 @@ fn parts() -> (Router<Api>, utoipa::openapi::OpenApi) {
         .routes(routes!(synchronize))
         .routes(routes!(check))
         .routes(routes!(recover_disk))
+        .routes(routes!(recover_vm))
         .routes(routes!(recovery_points))
         .routes(routes!(recovery_point, delete_point))
         .routes(routes!(undelete_point))
@@ -334,6 +336,22 @@ async fn recover_disk(
         return Err(Problem::new(Code::Usage, "A rate of nothing would never end.").into());
     }
     start(allowed, q.dry_run, JobRequest::RecoverDisk { datasource, options }).await
+}
+
+/// Recover a whole machine: to the original by difference, or to a machine of its own.
+#[utoipa::path(post, path = "/datasources/{datasource}/recover-vm", tag = "datasources",
+    params(("datasource" = String, Path), DryRun), request_body = RecoverMachine,
+    responses((status = 202, body = Started), (status = 200, body = Plan), (status = "default", body = ProblemBody)))]
+async fn recover_vm(
+    allowed: Allowed<Recover>,
+    Path(datasource): Path<String>,
+    Query(q): Query<DryRun>,
+    Body(options): Body<RecoverMachine>,
+) -> Result<Response, Failure> {
+    if options.limit.is_some_and(|limit| limit.bytes_per_second == 0) {
+        return Err(Problem::new(Code::Usage, "A rate of nothing would never end.").into());
+    }
+    start(allowed, q.dry_run, JobRequest::RecoverMachine { datasource, options }).await
 }
 
 // ---- Recovery points

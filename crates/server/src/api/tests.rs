@@ -240,7 +240,7 @@ async fn every_route_of_the_document_denies_without_a_right_token() {
             routes += 1;
         }
     }
-    assert_eq!(routes, 40);
+    assert_eq!(routes, 41);
 }
 
 #[tokio::test]

@@ -1,6 +1,8 @@
 //! Datasources as documents of the pool: what must survive the loss of the catalog.
 
-use model::{Code, DatasourceId, HostId, Problem};
+use std::time::Duration;
+
+use model::{Code, DatasourceId, HostId, Problem, Unfrozen};
 use protocol::api::{
     AddImage, AddMachine, Datasource, DatasourceDisk, DatasourceState, DiskFormat, ListedDisk, ListedMachine,
     PointBrief, Time,
@@ -33,6 +35,17 @@ pub struct StoredDatasource {
     /// Removed: its points are kept.
     #[serde(default)]
     pub removed: bool,
+    /// What is made of it when it runs and cannot be frozen.
+    #[serde(default)]
+    pub unfrozen: Unfrozen,
+    /// Seconds before each of two more attempts to freeze it.
+    #[serde(default = "freeze_wait")]
+    pub freeze_wait_seconds: u64,
+}
+
+/// Five minutes.
+fn freeze_wait() -> u64 {
+    300
 }
 
 fn document(id: DatasourceId) -> String {
@@ -47,6 +60,9 @@ impl StoredDatasource {
             name: self.name.clone(),
             host: self.host_name.clone(),
             definition: self.definition.clone(),
+            unfrozen: self.unfrozen,
+            freeze_wait: Duration::from_secs(self.freeze_wait_seconds),
+            news: None,
         }
     }
 }
@@ -75,8 +91,7 @@ impl App {
                 provider: "images".to_owned(),
                 definition: details.definition,
                 disks: point
-                    .disks
-                    .iter()
+                    .machine_disks()
                     .zip(&details.descriptions)
                     .map(|(disk, description)| DatasourceDisk {
                         disk: disk.index,
@@ -86,6 +101,8 @@ impl App {
                     })
                     .collect(),
                 removed: false,
+                unfrozen: Unfrozen::default(),
+                freeze_wait_seconds: freeze_wait(),
             });
         }
         all.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
@@ -206,6 +223,8 @@ impl App {
             definition: images_definition(id, &request.name, &images, &request.allow_backing),
             disks: Vec::new(),
             removed: false,
+            unfrozen: Unfrozen::default(),
+            freeze_wait_seconds: freeze_wait(),
         };
         self.store_new(stored, request.images.iter().cloned())
     }
@@ -263,11 +282,25 @@ impl App {
                 format!("{} has no disk {unknown}; it has {}.", machine.name, has.join(", ")),
             ));
         }
-        let definition = libvirt_definition(machine.id, &machine.name, &request.exclude, self.pool().id());
+        let definition = libvirt_definition(
+            machine.id,
+            &machine.name,
+            &request.exclude,
+            request.keep_swap,
+            self.pool().id(),
+        );
         let others = self.stored_datasources();
         if let Some(known) = others.iter().find(|known| known.id == machine.id && !known.removed) {
             if known.definition == definition && known.host == host {
-                return Ok(self.api_datasource(known));
+                let changed = StoredDatasource {
+                    unfrozen: request.without_freeze.unwrap_or(known.unfrozen),
+                    freeze_wait_seconds: request.freeze_wait_seconds.unwrap_or(known.freeze_wait_seconds),
+                    ..known.clone()
+                };
+                if changed != *known {
+                    self.store_datasource(&changed)?;
+                }
+                return Ok(self.api_datasource(&changed));
             }
             return Err(Problem::new(
                 Code::NameTaken,
@@ -295,6 +328,8 @@ impl App {
             definition,
             disks: Vec::new(),
             removed: false,
+            unfrozen: request.without_freeze.unwrap_or_default(),
+            freeze_wait_seconds: request.freeze_wait_seconds.unwrap_or_else(freeze_wait),
         };
         let protected = machine
             .disks

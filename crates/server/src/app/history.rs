@@ -344,9 +344,7 @@ impl History {
     /// Raises an alert, unless the same one stands open.
     pub fn raise(&self, severity: Severity, problem: &Problem, now: Timestamp) {
         let stands = self.alerts().iter().any(|alert| {
-            alert.acknowledged_at.is_none()
-                && alert.code == Some(problem.code)
-                && alert.message == problem.message
+            alert.stands() && alert.code == Some(problem.code) && alert.message == problem.message
         });
         if stands {
             return;
@@ -359,7 +357,16 @@ impl History {
             object: problem.object.clone(),
             raised_at: Time(now),
             acknowledged_at: None,
+            resolved_at: None,
         });
+    }
+
+    /// Ends an alert whose cause is gone.
+    pub fn resolve(&self, problem: &Problem, now: Timestamp) {
+        let is_of = |alert: &Alert| alert.code == Some(problem.code) && alert.message == problem.message;
+        for alert in self.alerts().into_iter().filter(|alert| alert.stands() && is_of(alert)) {
+            self.put_alert(Alert { resolved_at: Some(Time(now)), ..alert });
+        }
     }
 
     fn put_alert(&self, alert: Alert) {
@@ -367,7 +374,7 @@ impl History {
         let Some(catalog) = inner.catalog.as_ref().filter(|_| inner.writes) else { return };
         let row = AlertRow {
             number: alert.id,
-            acknowledged: alert.acknowledged_at.is_some(),
+            acknowledged: !alert.stands(),
             json: serde_json::to_string(&alert).unwrap_or_default(),
         };
         if let Err(error) = catalog.put_alert(&row) {
@@ -579,7 +586,7 @@ fn derived(pool: &Pool, since: u64) -> Result<Derived, Problem> {
             "consistency": point.consistency,
             "base": point.base,
             "cause": details.cause,
-            "disks": point.disks.iter().map(|disk| serde_json::json!({
+            "disks": point.machine_disks().map(|disk| serde_json::json!({
                 "index": disk.index, "size": disk.size, "sector": disk.sector, "full_compare": disk.full_compare,
             })).collect::<Vec<_>>(),
             "figures": details.figures,

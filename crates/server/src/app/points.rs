@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use model::{BLOCK_BYTES, Code, Consistency, DatasourceId, PointState, Problem, RecoveryPointId, Timestamp};
+use jobs::machine::StoredDisk;
+use model::{Code, Consistency, DatasourceId, PointState, Problem, RecoveryPointId, Timestamp};
 use protocol::api::{self, DiskDiff, PointDiff, RecoveryPoint, Time};
 use storage_pool::state::Point;
-use storage_pool::{Floor, MapReader, MapRoot, PoolNodes};
+use storage_pool::{Floor, MapRoot};
 
 use super::App;
 use crate::api::names::{self, NamedPoint};
@@ -177,8 +178,7 @@ impl App {
             state,
             reason,
             disks: point
-                .disks
-                .iter()
+                .machine_disks()
                 .zip(&details.descriptions)
                 .map(|(disk, description)| api::PointDisk {
                     disk: disk.index,
@@ -211,37 +211,11 @@ impl App {
             ));
         }
         let mut disks = Vec::new();
-        let indexes: BTreeSet<u32> = a.disks.iter().chain(&b.disks).map(|disk| disk.index).collect();
+        let indexes: BTreeSet<u32> =
+            a.machine_disks().chain(b.machine_disks()).map(|disk| disk.index).collect();
         for index in indexes {
-            let open = |point: &Point| {
-                let disk = point.disks.iter().find(|disk| disk.index == index);
-                let map = disk.map_or(MapRoot { root: None, levels: 1 }, |disk| MapRoot {
-                    root: disk.root,
-                    levels: disk.levels,
-                });
-                let size = disk.map_or(0, |disk| disk.size);
-                (MapReader::new(PoolNodes::new(self.pool(), point.domain), map), size)
-            };
-            let ((one, one_size), (other, other_size)) = (open(a), open(b));
-            let size = one_size.max(other_size);
-            let mut ranges = Vec::new();
-            let mut at = 0;
-            loop {
-                let next = one.next_present(at).map_err(jobs::problem::pool)?;
-                let also = other.next_present(at).map_err(jobs::problem::pool)?;
-                let Some(block) = [next, also].into_iter().flatten().map(|(block, _)| block).min() else {
-                    break;
-                };
-                let content = |found: Option<(u64, storage_pool::chunk::ChunkId)>| {
-                    found.filter(|(at, _)| *at == block).map(|(_, chunk)| chunk)
-                };
-                if content(next) != content(also) {
-                    let start = block * BLOCK_BYTES;
-                    ranges.push(model::ByteRange { start, end: (start + BLOCK_BYTES).min(size) });
-                }
-                at = block + 1;
-            }
-            let set: model::RangeSet = ranges.into_iter().collect();
+            let (one, other) = (StoredDisk::of(a, index), StoredDisk::of(b, index));
+            let set = jobs::machine::differing(self.pool(), one, other).map_err(jobs::problem::pool)?;
             disks.push(DiskDiff {
                 disk: index,
                 bytes_changed: set.bytes(),

@@ -4,13 +4,13 @@
 //! Queued --> Running --> Succeeded | Failed | Cancelled
 //! ```
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use environment::{Clock, Randomness};
 use jobs::{JobContext, LogLevel};
-use model::{Code, DatasourceId, JobId, Problem, Timestamp};
+use model::{Code, DatasourceId, HostId, JobId, Problem, Timestamp};
 use protocol::api::{self, Figures, Job, JobEvent, JobKind, JobLogLine, JobState, Progress, Severity, Time};
 use transfer::Steer;
 
@@ -25,7 +25,55 @@ pub struct Runner {
     shared: Arc<Shared>,
 }
 
+/// Jobs that read from hosts at once, in all.
+const SERVER_JOBS: usize = 8;
+/// And from one host.
+const HOST_JOBS: usize = 2;
+
+/// Jobs that read from a host, in the order in which they asked.
+#[derive(Default)]
+struct Lanes {
+    at_work: Vec<(JobId, Option<HostId>)>,
+    waiting: VecDeque<(JobId, Option<HostId>)>,
+}
+
+impl Lanes {
+    fn has_room(&self, host: Option<HostId>) -> bool {
+        let of_host = self.at_work.iter().filter(|(_, other)| *other == host).count();
+        self.at_work.len() < SERVER_JOBS && of_host < HOST_JOBS
+    }
+
+    /// Lets a job in if it is its turn: nobody who asked before could go on now.
+    fn admit(&mut self, job: JobId) -> bool {
+        let next = self.waiting.iter().position(|(_, host)| self.has_room(*host));
+        let Some(next) = next.filter(|next| self.waiting.get(*next).is_some_and(|(id, _)| *id == job)) else {
+            return false;
+        };
+        self.at_work.extend(self.waiting.remove(next));
+        true
+    }
+
+    fn leave(&mut self, job: JobId) {
+        self.at_work.retain(|(id, _)| *id != job);
+        self.waiting.retain(|(id, _)| *id != job);
+    }
+}
+
+/// A job's turn to read from its host, until it is dropped.
+pub struct Turn<'a> {
+    job: &'a RunningJob,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.job.shared.lanes().leave(self.job.id);
+        self.job.shared.lane_free.notify_all();
+    }
+}
+
 struct Shared {
+    lanes: Mutex<Lanes>,
+    lane_free: Condvar,
     clock: Arc<dyn Clock>,
     randomness: Arc<dyn Randomness>,
     history: Arc<History>,
@@ -78,6 +126,8 @@ impl Runner {
     /// A runner without jobs.
     pub fn new(clock: Arc<dyn Clock>, randomness: Arc<dyn Randomness>, history: Arc<History>) -> Runner {
         let shared = Shared {
+            lanes: Mutex::default(),
+            lane_free: Condvar::new(),
             clock,
             randomness,
             history,
@@ -280,12 +330,54 @@ impl Runner {
 }
 
 impl Shared {
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl RunningJob {
+    /// Waits for the job's turn: so many read from one host at once, so many in all. It is queued meanwhile.
+    pub fn turn(&self, host: Option<HostId>) -> Result<Turn<'_>, Problem> {
+        let turn = Turn { job: self };
+        let mut lanes = self.shared.lanes();
+        lanes.waiting.push_back((self.id, host));
+        let mut is_queued = false;
+        while !lanes.admit(self.id) {
+            if !is_queued {
+                is_queued = true;
+                self.set_state(JobState::Queued);
+            }
+            if self.steer.is_cancelled() {
+                drop(lanes);
+                return Err(jobs::problem::cancelled());
+            }
+            let woken = self.shared.lane_free.wait_timeout(lanes, Duration::from_millis(200));
+            lanes = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(lanes);
+        if is_queued {
+            self.set_state(JobState::Running);
+        }
+        // Whoever asked after this one may have room on another host.
+        self.shared.lane_free.notify_all();
+        Ok(turn)
+    }
+
+    fn set_state(&self, state: JobState) {
+        let mut data = self.data();
+        data.job.state = state;
+        if state == JobState::Running {
+            data.job.started_at = Some(Time(Timestamp(self.shared.clock.now_micros())));
+        }
+        data.event += 1;
+        drop(data);
+        self.changed.notify_all();
+    }
+
     fn data(&self) -> MutexGuard<'_, JobData> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -410,7 +502,46 @@ impl JobContext for RunningJob {
         self.changed.notify_all();
     }
 
+    fn wait(&self, duration: Duration) -> Result<(), Problem> {
+        let until = self.shared.clock.monotonic_micros().saturating_add(duration.as_micros() as u64);
+        while self.shared.clock.monotonic_micros() < until {
+            if self.steer.is_cancelled() {
+                return Err(jobs::problem::cancelled());
+            }
+            let left = until.saturating_sub(self.shared.clock.monotonic_micros());
+            self.shared.clock.sleep(Duration::from_micros(left.min(200_000)));
+        }
+        Ok(())
+    }
+
     fn alert(&self, problem: Problem) {
         self.shared.history.raise(Severity::Critical, &problem, Timestamp(self.shared.clock.now_micros()));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_has_so_many_jobs_and_the_first_to_ask_goes_first() {
+        let (job, host) = (|n: u8| JobId([n; 16]), |n: u8| Some(HostId([n; 16])));
+        let mut lanes = Lanes::default();
+        lanes.waiting.extend([(job(1), host(1)), (job(2), host(1)), (job(3), host(1)), (job(4), host(2))]);
+        assert!(!lanes.admit(job(2)), "job 1 asked before");
+        assert!(lanes.admit(job(1)) && lanes.admit(job(2)));
+        assert!(!lanes.admit(job(3)), "two jobs read from host 1");
+        assert!(lanes.admit(job(4)), "host 2 is free");
+        lanes.leave(job(1));
+        assert!(lanes.admit(job(3)));
+        for n in 10..20 {
+            lanes.waiting.push_back((job(n), host(n)));
+        }
+        let admitted = (10..20).filter(|n| lanes.admit(job(*n))).count();
+        assert_eq!(lanes.at_work.len(), SERVER_JOBS);
+        assert_eq!(admitted, SERVER_JOBS - 3);
+        lanes.leave(job(15));
+        assert!(lanes.waiting.iter().all(|(id, _)| *id != job(15)));
     }
 }

@@ -118,8 +118,7 @@ impl Service for AppService {
             })
             .map(|datasource| format!("{} has no good recovery point.", datasource.name))
             .collect();
-        let open_alerts =
-            app.parts.history.alerts().iter().filter(|alert| alert.acknowledged_at.is_none()).count();
+        let open_alerts = app.parts.history.alerts().iter().filter(|alert| alert.stands()).count();
         let damaged = app.pool().has_known_damage() || !app.pool().state().unreadable.is_empty();
         let health = if damaged || !breached.is_empty() {
             Health::Critical
@@ -293,7 +292,11 @@ impl Service for AppService {
             bytes_total: space.total,
             bytes_free: space.free,
             bytes_stored: stored,
-            bytes_logical: live.iter().flat_map(|(point, _)| &point.disks).map(|disk| disk.size).sum(),
+            bytes_logical: live
+                .iter()
+                .flat_map(|(point, _)| point.machine_disks())
+                .map(|disk| disk.size)
+                .sum(),
             bytes_quarantined: space.quarantined,
             datasources: machines.len() as u64,
             recovery_points: live.len() as u64,
@@ -334,7 +337,7 @@ impl Service for AppService {
 
     fn alerts(&self, all: bool, query: &PageQuery) -> Result<Page<Alert>, Problem> {
         let mut alerts = self.app().parts.history.alerts();
-        alerts.retain(|alert| all || alert.acknowledged_at.is_none());
+        alerts.retain(|alert| all || alert.stands());
         alerts.reverse();
         page(alerts, query)
     }

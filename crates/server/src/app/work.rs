@@ -87,6 +87,9 @@ impl App {
                 self.start_run(JobKind::Check, datasource, Wish::Check, None)?
             }
             JobRequest::RecoverDisk { datasource, options } => self.start_recovery(datasource, options)?,
+            JobRequest::RecoverMachine { datasource, options } => {
+                self.start_machine_recovery(datasource, options)?
+            }
             JobRequest::RemoveDatasource { datasource, data } => {
                 self.writable()?;
                 let datasource = self.living(datasource)?;
@@ -144,7 +147,7 @@ impl App {
     }
 
     /// Starts a job that reads from the pool: what of that had to be rebuilt from parity is told with what it did.
-    fn start_reading(
+    pub(super) fn start_reading(
         self: &Arc<Self>,
         kind: JobKind,
         about: Option<(model::DatasourceId, String)>,
@@ -203,9 +206,9 @@ impl App {
             about,
             true,
             Box::new(move |job| {
-                let host = app.parts.hosts.host(datasource.host)?;
-                let captured = Timestamp(app.parts.clock.now_micros());
-                let outcome = synchronize::run(app.pool(), &*host, &datasource.machine(), &wish, captured, job)?;
+                let _turn = job.turn(datasource.host)?;
+                let outcome = app.synchronized(&datasource, &wish, job)?;
+                app.tell_of_freeze(&datasource, &outcome.point);
                 let mut figures = super::mapping::transfer_figures(&outcome.figures, outcome.stored);
                 figures.cause = Some(outcome.point.details().cause.to_string());
                 figures.recovery_point = Some(outcome.point.id);
@@ -251,6 +254,24 @@ impl App {
         )
     }
 
+    /// An alert that stands while the points of a machine are only crash-consistent although it runs.
+    fn tell_of_freeze(&self, datasource: &StoredDatasource, point: &storage_pool::state::Point) {
+        if datasource.provider == "images" {
+            return;
+        }
+        let now = Timestamp(self.parts.clock.now_micros());
+        let problem = Problem::new(
+            Code::LowerConsistency,
+            format!("The points of {} are only crash-consistent.", datasource.name),
+        )
+        .about(datasource.name.clone());
+        if point.consistency == model::Consistency::Crash {
+            self.parts.history.raise(api::Severity::Warning, &problem, now);
+        } else {
+            self.parts.history.resolve(&problem, now);
+        }
+    }
+
     fn start_recovery(self: &Arc<Self>, datasource: &str, options: &RecoverDisk) -> Result<Job, Problem> {
         let datasource = self.find_datasource(datasource)?;
         let (point, state) = self.find_point(&options.point, Some(&datasource), options.min_consistency)?;
@@ -286,6 +307,7 @@ impl App {
             disk: options.disk,
             path: path.clone(),
             format,
+            over: None,
             overwrite: options.overwrite,
             sync: !options.no_sync,
             accept_damage: options.accept_damage,
@@ -655,7 +677,8 @@ impl App {
                 let (point, state) =
                     self.find_point(&options.point, Some(&datasource), options.min_consistency)?;
                 plan.object = datasource.name;
-                let size = point.disks.iter().find(|disk| disk.index == options.disk).map(|disk| disk.size);
+                let size =
+                    point.machine_disks().find(|disk| disk.index == options.disk).map(|disk| disk.size);
                 plan.bytes_needed = size;
                 plan.steps = vec![
                     format!(
@@ -667,6 +690,9 @@ impl App {
                     ),
                     "Write it beside the target, read it back, compare, then give it its name.".to_owned(),
                 ];
+            }
+            JobRequest::RecoverMachine { datasource, options } => {
+                self.plan_machine_recovery(&mut plan, datasource, options)?;
             }
             JobRequest::RemoveDatasource { datasource, data } => {
                 let datasource = self.living(datasource)?;

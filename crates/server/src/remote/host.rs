@@ -15,9 +15,11 @@ use jobs::port::{AgentEnd, TargetEnd};
 use jobs::{
     DiskView, Machine, MachineView, ProtectedHost, ReceiveOrder, Receiving, SendOrder, Sending, SentView,
 };
-use model::{Code, HostId, HostMachine, JobId, Problem, RangeSet};
+use model::{
+    Code, CompletedMachine, HostId, HostMachine, JobId, MachineRecovery, PreparedMachine, Problem, RangeSet,
+};
 use protocol::channel::{ChannelError, Doorway};
-use protocol::machine::{MachineReport, SentReport};
+use protocol::machine::{MachineReport, MachineStep, SentReport};
 use protocol::stream::JobStreams;
 use protocol::v0::{self, command, disk_read};
 use protocol::wire::{LIST_RANGES, broken, tame};
@@ -33,6 +35,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const HEAL_RANGES: usize = 8 * 1024;
 /// Most machines of a host: no hypervisor of today runs a tenth of it.
 const MACHINES: usize = 16 * 1024;
+/// Longest configuration of a machine: a definition, firmware variables and the state of a TPM are some hundred KiB.
+const CONFIGURATION_BYTES: usize = 2 << 20;
 /// Longest description of a disk.
 const DESCRIPTION_BYTES: usize = 64 * 1024;
 /// The largest disk of any format (VHDX: 64 TB).
@@ -45,6 +49,8 @@ pub struct RemoteTimes {
     pub arrival: Duration,
     /// For a quick answer.
     pub answer: Duration,
+    /// For a step of the recovery of a machine.
+    pub machine: Duration,
     /// For the next link after a cut.
     pub link_grace: Duration,
     /// For the end of work that was cancelled.
@@ -56,6 +62,7 @@ impl Default for RemoteTimes {
         RemoteTimes {
             arrival: Duration::from_secs(15),
             answer: Duration::from_secs(120),
+            machine: Duration::from_secs(900),
             link_grace: Duration::from_secs(300),
             ending: Duration::from_secs(10),
         }
@@ -95,14 +102,24 @@ impl RemoteHost {
 
     /// The answer to a quick question.
     fn answer(&self, question: command::Kind) -> Result<String, Problem> {
+        self.answer_within(self.times.answer, question)
+    }
+
+    fn answer_within(&self, limit: Duration, question: command::Kind) -> Result<String, Problem> {
         let command = self.session()?.start(question)?;
-        command.wait_for(self.times.answer).ok_or_else(|| {
+        command.wait_for(limit).ok_or_else(|| {
             Problem::new(
                 Code::AgentUnreachable,
-                format!("Host {} did not answer within {} seconds.", self.name, self.times.answer.as_secs()),
+                format!("Host {} did not answer within {} seconds.", self.name, limit.as_secs()),
             )
             .about(self.name.clone())
         })?
+    }
+
+    /// A step of the recovery of a machine, which may have to stop a guest first.
+    fn machine_step<T: serde::de::DeserializeOwned>(&self, step: &MachineStep) -> Result<T, Problem> {
+        let order = v0::RecoverMachine { step_json: json(step)? };
+        parsed(&self.answer_within(self.times.machine, command::Kind::RecoverMachine(order))?)
     }
 
     fn start(
@@ -177,6 +194,12 @@ fn checked(report: MachineReport) -> Result<MachineView, Problem> {
     Ok(MachineView { disks: disks.collect::<Result<_, Problem>>()? })
 }
 
+fn json<T: serde::Serialize>(value: &T) -> Result<String, Problem> {
+    serde_json::to_string(value).map_err(|error| {
+        Problem::new(Code::Internal, format!("An order cannot be written as JSON: {error}."))
+    })
+}
+
 fn parsed<T: serde::de::DeserializeOwned>(json: &str) -> Result<T, Problem> {
     serde_json::from_str(json).map_err(|error| broken(format!("The agent's answer cannot be read: {error}.")))
 }
@@ -224,6 +247,9 @@ impl ProtectedHost for RemoteHost {
             wanted: v0::Consistency::from(order.wanted) as i32,
             least: v0::Consistency::Crash as i32,
             pacing: None,
+            unfrozen: v0::Unfrozen::from(order.machine.unfrozen) as i32,
+            may_retry: order.may_retry,
+            scratch_bytes: order.scratch_bytes,
         };
         let work = self.start(self.session()?, order.job, order.steer, command::Kind::Send(message))?;
         Ok(Box::new(RemoteSending(work)))
@@ -238,6 +264,7 @@ impl ProtectedHost for RemoteHost {
             disk_bytes: order.size,
             logical_sector_bytes: order.sector,
             physical_sector_bytes: order.sector,
+            over_json: order.over.as_ref().map(json).transpose()?.unwrap_or_default(),
             overwrite: order.overwrite,
             durable: order.sync,
             image_json: order.description,
@@ -247,6 +274,22 @@ impl ProtectedHost for RemoteHost {
         };
         let work = self.start(self.session()?, order.job, order.steer, command::Kind::Receive(message))?;
         Ok(Box::new(RemoteReceiving(work)))
+    }
+
+    fn prepare_machine(&self, recovery: &MachineRecovery) -> Result<PreparedMachine, Problem> {
+        self.machine_step(&MachineStep::Prepare { recovery: recovery.clone() })
+    }
+
+    fn complete_machine(
+        &self,
+        recovery: &MachineRecovery,
+        prepared: &PreparedMachine,
+    ) -> Result<CompletedMachine, Problem> {
+        self.machine_step(&MachineStep::Complete { recovery: recovery.clone(), prepared: prepared.clone() })
+    }
+
+    fn abandon_machine(&self, recovery: &MachineRecovery, prepared: &PreparedMachine) -> Result<(), Problem> {
+        self.machine_step(&MachineStep::Abandon { recovery: recovery.clone(), prepared: prepared.clone() })
     }
 }
 
@@ -375,6 +418,10 @@ impl Sending for RemoteSending {
             view: checked(sent.machine)?,
             consistency: sent.consistency,
             evidence: tame(&sent.evidence),
+            configuration: match sent.configuration.len() {
+                0..=CONFIGURATION_BYTES => sent.configuration,
+                bytes => return Err(broken(format!("The machine's configuration has {bytes} bytes."))),
+            },
         })
     }
 }

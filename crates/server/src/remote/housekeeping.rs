@@ -173,7 +173,7 @@ fn due(app: &App, now: Timestamp, tried: &HashMap<DatasourceId, Timestamp>) -> O
                 .rev()
                 .find(|point| point.datasource == datasource.id && point.deleted.is_none());
             newest.is_some_and(|point| {
-                point.disks.iter().any(|disk| {
+                point.machine_disks().any(|disk| {
                     let compared = disk.full_compare.and_then(|id| state.points.get(&id));
                     // A point that is gone already is older than what is kept.
                     compared.is_none_or(|compared| now.since(compared.captured) >= SWEEP)
@@ -265,6 +265,8 @@ mod tests {
             definition: "{}".to_owned(),
             disks: Vec::new(),
             removed: false,
+            unfrozen: Default::default(),
+            freeze_wait_seconds: 300,
         };
         app.pool()
             .put_document(&format!("datasource/{id}"), Some(&serde_json::to_vec(&stored).unwrap()))
