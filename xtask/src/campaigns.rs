@@ -87,12 +87,12 @@ pub const CAMPAIGNS: &[Campaign] = &[
         share: 25,
         needs: None,
     },
-    // A hundred kills of the agent at random moments, each with a real guest on a real libvirt.
+    // A hundred kills and more of agent, server, libvirtd and QEMU in a backup, of an agent alone, and of a recovery.
     Campaign {
-        name: "KILL: agent of a libvirt host, kill -9 at random moments",
+        name: "KILL: agent, server, libvirtd and QEMU in backup and recovery of a real guest, kill -9 at random moments",
         slice: None,
         limit: FIVE_MINUTES,
-        night: "LIBVIRT_KILLS=50 SEED={seed} test -q --locked --workspace --test libvirt -- killed --nocapture",
+        night: "LIBVIRT_KILLS=100 SEED={seed} test -q --locked --workspace --test libvirt -- kill dies --test-threads=1 --nocapture",
         share: 5,
         needs: Some("/usr/sbin/libvirtd"),
     },

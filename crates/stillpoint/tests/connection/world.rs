@@ -164,6 +164,7 @@ impl Executor for Worker {
                 std::thread::sleep(Duration::from_millis(millis));
                 Ok("\"inspected\"".to_owned())
             }
+            command::Kind::RecoverMachine(_) => Ok("null".to_owned()),
             command::Kind::ListInventory(_) => panic!("a provider with a defect"),
             command::Kind::Send(order) => {
                 let job = JobId::try_from(&order.job[..]).unwrap();

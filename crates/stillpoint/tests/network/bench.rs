@@ -36,14 +36,12 @@ pub struct Process {
 impl Process {
     /// Runs the program, in a network namespace if one is named.
     pub fn start(namespace: Option<&str>, arguments: &[&str]) -> Process {
-        let mut command = match namespace {
-            None => Command::new(PROGRAM),
-            Some(namespace) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace, PROGRAM]);
-                command
-            }
-        };
+        Process::start_after(&entering(namespace), arguments)
+    }
+
+    /// Runs the program with other words before it.
+    pub fn start_after(before: &[String], arguments: &[&str]) -> Process {
+        let mut command = after(before);
         clean(&mut command);
         let mut child = command.arg("--json").args(arguments).stdout(Stdio::piped()).spawn().unwrap();
         let lines: Arc<Mutex<Vec<Value>>> = Arc::default();
@@ -103,6 +101,19 @@ impl Drop for Process {
     }
 }
 
+/// The words that enter a network namespace.
+fn entering(namespace: Option<&str>) -> Vec<String> {
+    namespace.map_or(Vec::new(), |name| ["ip", "netns", "exec", name].map(str::to_owned).to_vec())
+}
+
+/// The program, after other words.
+fn after(before: &[String]) -> Command {
+    let Some((first, rest)) = before.split_first() else { return Command::new(PROGRAM) };
+    let mut command = Command::new(first);
+    command.args(rest).arg(PROGRAM);
+    command
+}
+
 fn clean(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("STILLPOINT_") {
@@ -118,7 +129,7 @@ pub struct Server {
     pub address: String,
     pub fingerprint: String,
     pub token: String,
-    namespace: Option<String>,
+    before: Vec<String>,
 }
 
 /// How a command ended.
@@ -172,9 +183,14 @@ impl Server {
         token: &str,
         more: &[&str],
     ) -> Server {
+        Server::start_after(&entering(namespace), data, listen, token, more)
+    }
+
+    /// The same with any words before the program.
+    pub fn start_after(before: &[String], data: &Path, listen: &str, token: &str, more: &[&str]) -> Server {
         let folder = data.display().to_string();
         let all = [&["server", "run", "--data", &folder, "--listen", listen][..], more].concat();
-        let mut process = Process::start(namespace, &all);
+        let mut process = Process::start_after(before, &all);
         let hello = process.line("listening", |line| line["type"] == "listening");
         let text = |name: &str| hello[name].as_str().unwrap_or_default().to_owned();
         Server {
@@ -183,8 +199,13 @@ impl Server {
             address: text("listen"),
             fingerprint: text("fingerprint"),
             token: if hello["token"].is_string() { text("token") } else { token.to_owned() },
-            namespace: namespace.map(str::to_owned),
+            before: before.to_vec(),
         }
+    }
+
+    /// The same server again, at the same address, after it was killed.
+    pub fn again(&self) -> Server {
+        Server::start_after(&self.before, &self.data, &self.address, &self.token, &[])
     }
 
     /// A command through this server.
@@ -193,14 +214,7 @@ impl Server {
     }
 
     pub fn run_as(&self, fingerprint: &str, token: &str, arguments: &[&str]) -> Ended {
-        let mut command = match &self.namespace {
-            None => Command::new(PROGRAM),
-            Some(namespace) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace, PROGRAM]);
-                command
-            }
-        };
+        let mut command = after(&self.before);
         clean(&mut command);
         let token_file = self.data.with_extension("token");
         std::fs::write(&token_file, token).unwrap();
@@ -232,18 +246,15 @@ impl Server {
 pub struct Agent {
     pub process: Process,
     pub state: PathBuf,
-    namespace: Option<String>,
+    before: Vec<String>,
 }
 
 pub fn enroll(namespace: Option<&str>, server: &str, token: &str, name: &str, state: &Path) -> Ended {
-    let mut command = match namespace {
-        None => Command::new(PROGRAM),
-        Some(namespace) => {
-            let mut command = Command::new("ip");
-            command.args(["netns", "exec", namespace, PROGRAM]);
-            command
-        }
-    };
+    enroll_after(&entering(namespace), server, token, name, state)
+}
+
+pub fn enroll_after(before: &[String], server: &str, token: &str, name: &str, state: &Path) -> Ended {
+    let mut command = after(before);
     let state = state.display().to_string();
     run(command.args([
         "--json", "--server", server, "agent", "enroll", "--token", token, "--name", name, "--state", &state,
@@ -257,10 +268,19 @@ impl Agent {
     }
 
     pub fn start(namespace: Option<&str>, state: &Path) -> Agent {
+        Agent::start_after(&entering(namespace), state)
+    }
+
+    pub fn start_after(before: &[String], state: &Path) -> Agent {
         let folder = state.display().to_string();
-        let mut process = Process::start(namespace, &["agent", "run", "--state", &folder]);
+        let mut process = Process::start_after(before, &["agent", "run", "--state", &folder]);
         process.message("Connected to");
-        Agent { process, state: state.to_owned(), namespace: namespace.map(str::to_owned) }
+        Agent { process, state: state.to_owned(), before: before.to_vec() }
+    }
+
+    /// The same agent again, after it was killed.
+    pub fn again(&self) -> Agent {
+        Agent::start_after(&self.before, &self.state)
     }
 }
 
