@@ -15,6 +15,7 @@
 //! - Recovery writes under another name until it is done, and never over an existing file unless told to. (must)
 //! - An overlay gets its name only when every file below it was proved to be as it was when it was begun. (must)
 
+pub mod conformance;
 mod error;
 pub mod images;
 #[cfg(unix)]

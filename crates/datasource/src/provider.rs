@@ -210,7 +210,8 @@ pub struct Swept {
     pub in_use: Vec<String>,
 }
 
-/// A kind of host with machines on it. Every method may be called from several threads.
+/// A kind of host with machines on it. Every method may be called from several threads. What every provider must do is
+/// examined by [`conformance`](crate::conformance).
 pub trait Provider: Send + Sync {
     /// `images`, `libvirt`, `hyperv`.
     fn name(&self) -> &'static str;

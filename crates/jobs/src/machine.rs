@@ -241,7 +241,14 @@ fn fill_and_complete(
         return Err(problem::cancelled());
     }
     context.phase("completing", None);
-    let machine = host.complete_machine(recovery, prepared)?;
+    // The answer can get lost after the machine was made; asked again, the host says what is.
+    let machine = host.complete_machine(recovery, prepared).or_else(|problem| {
+        if problem.code != Code::AgentUnreachable {
+            return Err(problem);
+        }
+        context.log(LogLevel::Warning, format!("{} Asking again.", problem.message));
+        host.complete_machine(recovery, prepared)
+    })?;
     for note in &machine.notes {
         context.log(LogLevel::Info, note.clone());
     }

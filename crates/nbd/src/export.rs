@@ -35,6 +35,8 @@ pub struct Options {
     pub bitmaps: Vec<String>,
     /// Whether to write. Without, a writable export is read only.
     pub writable: bool,
+    /// Bytes of a sector as the disk's user addresses it, 512 or 4096: the protocol does not tell.
+    pub sector_size: u32,
     /// Connections to share the work, 1 to 16. More than one only where the server says that it can.
     pub connections: u32,
     /// How long the server may be silent while something is awaited; ten times as long while it flushes. Not zero.
@@ -48,6 +50,7 @@ impl Default for Options {
             allocation: true,
             bitmaps: Vec::new(),
             writable: false,
+            sector_size: 512,
             connections: 1,
             timeout: Duration::from_secs(60),
         }
@@ -69,11 +72,12 @@ const MAX_HANDSHAKE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// An open export of an NBD server.
 ///
-/// The protocol does not tell the sectors that the disk's user addresses: 512 bytes are assumed. Requests that do not
-/// fit the server's smallest block are widened; writes then read first what lies around them.
+/// The protocol does not tell the sectors that the disk's user addresses: [`Options::sector_size`] does. Requests that do
+/// not fit the server's smallest block are widened; writes then read first what lies around them.
 pub struct Export {
     object: String,
     agreed: Agreed,
+    sector_size: u32,
     writable: bool,
     connections: Vec<Connection>,
     turn: AtomicUsize,
@@ -102,6 +106,7 @@ impl Export {
         }
         Ok(Export {
             object: format!("NBD export `{}` at {address}", options.export),
+            sector_size: options.sector_size,
             writable: options.writable && agreed.flags & wire::FLAG_READ_ONLY == 0,
             agreed,
             connections,
@@ -352,6 +357,10 @@ impl Export {
 impl BlockDevice for Export {
     fn size(&self) -> u64 {
         self.agreed.size
+    }
+
+    fn logical_sector_size(&self) -> u32 {
+        self.sector_size
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), DeviceError> {

@@ -691,3 +691,54 @@ mod linux {
         assert_eq!(names(&volume.root()), ["disk.raw"]);
     }
 }
+
+/// A machine of two raw images.
+struct TwoImages {
+    folder: tempfile::TempDir,
+    provider: Images,
+}
+
+impl crate::conformance::Rig for TwoImages {
+    fn provider(&self) -> &dyn Provider {
+        &self.provider
+    }
+
+    fn machine(&self) -> MachineSpec {
+        machine(&[&self.folder.path().join("a.raw"), &self.folder.path().join("b.raw")], &[])
+    }
+
+    fn absent(&self) -> MachineSpec {
+        machine(&[&self.folder.path().join("c.raw")], &[])
+    }
+
+    fn foreign(&self) -> MachineSpec {
+        MachineSpec { source: Source::Libvirt(crate::LibvirtSource::default()), ..self.machine() }
+    }
+
+    fn fill(&self, range: block_io::ByteRange, byte: u8) {
+        let mut file = OpenOptions::new().write(true).open(self.folder.path().join("b.raw")).unwrap();
+        file.seek(SeekFrom::Start(range.start)).unwrap();
+        file.write_all(&vec![byte; range.len() as usize]).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    fn leftovers(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.folder.path()).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+        names.filter(|name| name != "a.raw" && name != "b.raw").collect()
+    }
+
+    fn folder(&self) -> String {
+        self.folder.path().display().to_string()
+    }
+}
+
+#[test]
+fn the_provider_conforms() {
+    for provider in [Images::new(), Images::without_reflinks()] {
+        let rig = TwoImages { folder: tempfile::tempdir().unwrap(), provider };
+        fs::write(rig.folder.path().join("a.raw"), pattern(1 << 20, 3)).unwrap();
+        fs::write(rig.folder.path().join("b.raw"), pattern(8 << 20, 5)).unwrap();
+        crate::conformance::all(&rig);
+    }
+}

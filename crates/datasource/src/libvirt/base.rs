@@ -2,12 +2,12 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use super::CHECKPOINT;
 use super::definition::{self, Disk};
 use super::monitor::Node;
 use super::request::{self, keeps_bitmaps};
 use super::rpc::{Checkpoint, Connection, Domain, LibvirtError};
 use super::view::{FILE, INODE, KEPT, MARK, TARGET};
+use super::{CHECKPOINT, capacity};
 use crate::{DiskDescription, MachineSpec};
 
 /// What a list begins with.
@@ -111,7 +111,7 @@ pub(super) fn base_of(
     }
     let size = match node {
         Ok(node) => node.size,
-        Err(_) => connection.block_info(domain, &disk.target)?.capacity,
+        Err(_) => capacity::told(connection, domain, disk)?,
     };
     if base.size != size {
         return none(format!("disk {} has {size} bytes, {} at the newest point", disk.target, base.size));

@@ -10,6 +10,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 
+use super::capacity;
 use super::definition::{self, Disk};
 use super::rpc::{Connection, Domain, Kept, LibvirtError};
 use crate::ProviderError;
@@ -108,14 +109,13 @@ impl Configuration {
         tpm: &Path,
     ) -> Result<(Configuration, Vec<String>), LibvirtError> {
         let mut missing = Vec::new();
-        let targets = |text: &str| -> Option<Vec<(String, Option<String>)>> {
-            let disks = definition::disks(&domain.name, text).ok()?;
-            Some(disks.into_iter().map(|disk| (disk.target, disk.file)).collect())
-        };
+        let all = |text: &str| definition::disks(&domain.name, text).unwrap_or_default();
         let mut text = connection.definition_to_keep(domain, Kept::NextStart)?;
         let has = |text: &str| {
-            let known = targets(text).unwrap_or_default();
-            disks.iter().all(|disk| known.contains(&(disk.target.clone(), disk.file.clone())))
+            let known = all(text);
+            disks
+                .iter()
+                .all(|disk| known.iter().any(|now| now.target == disk.target && now.file == disk.file))
         };
         if !has(&text) {
             // Disks were added or moved since it was started: the running machine is what the point is of.
@@ -148,16 +148,11 @@ impl Configuration {
         }
         missing.extend(lost);
         let mut left_out = Vec::new();
-        for (target, _) in targets(&text).unwrap_or_default() {
-            if disks.iter().any(|disk| disk.target == target) {
-                continue;
+        for left in all(&text) {
+            if !disks.iter().any(|disk| disk.target == left.target) {
+                let bytes = capacity::of(connection, domain, &left)?;
+                left_out.push(LeftOut { target: left.target, bytes });
             }
-            let bytes = match connection.block_info(domain, &target) {
-                Ok(info) => Some(info.capacity),
-                Err(error) if error.code().is_some() => None,
-                Err(error) => return Err(error),
-            };
-            left_out.push(LeftOut { target, bytes });
         }
         let autostart = connection.autostart(domain)?;
         Ok((Configuration { version: VERSION, definition: text, autostart, files, left_out }, missing))

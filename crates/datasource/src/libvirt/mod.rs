@@ -13,6 +13,7 @@
 //! - What is not named by our mark is never removed (INV-21). (must)
 
 mod base;
+mod capacity;
 mod claim;
 mod configuration;
 mod definition;
@@ -133,12 +134,7 @@ fn listed(connection: &mut Connection, domain: &Domain) -> Result<HostMachine, L
     let found = definition::disks(&domain.name, &text).unwrap_or_default();
     let mut disks = Vec::new();
     for disk in found {
-        let bytes = match connection.block_info(domain, &disk.target) {
-            Ok(info) => Some(info.capacity),
-            // Its storage may be away; the machine is listed all the same.
-            Err(error) if error.code().is_some() => None,
-            Err(error) => return Err(error),
-        };
+        let bytes = capacity::of(connection, domain, &disk)?;
         disks.push(HostDisk {
             name: disk.target,
             storage: disk.file.unwrap_or(disk.storage),
@@ -243,35 +239,34 @@ impl Libvirt {
         let mut connection = self.open(&machine.name)?;
         let Some(domain) = connection.domain(&machine.id.0).map_err(told)? else { return Ok(()) };
         let text = connection.definition(&domain, false).map_err(told)?;
-        let Some(job) = connection.backup(&domain).map_err(told)? else {
-            let disks = definition::disks(&machine.name, &text).unwrap_or_default();
-            let images = disks.iter().filter_map(|disk| Path::new(disk.file.as_deref()?).parent());
-            let mut folders: BTreeSet<PathBuf> = images.map(Path::to_owned).collect();
-            folders.extend(self.settings.scratch.clone());
-            folders.insert("/var/tmp".into());
-            swept.removed.extend(scratch::remove_left(machine, &folders));
-            let removed = &mut swept.removed;
-            // What keeps an old recovery from its end must not keep the machine from being protected.
-            if let Err(error) = recovery::sweep(&mut connection, machine, &domain, &text, removed) {
-                swept.troubles.push(format!("a recovery of {} is not at its end: {error}", machine.name));
-                connection = self.open(&machine.name)?;
+        if let Some(job) = connection.backup(&domain).map_err(told)? {
+            let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
+            let is_ours = |file: &PathBuf| file.parent().is_some_and(scratch::is_marked);
+            if files.is_empty() || !files.iter().all(is_ours) {
+                return Ok(());
             }
-            if domain.id >= 0 {
-                let any = view::sweep_copies(&mut connection, &domain, machine, &disks, &self.settings);
-                if any.map_err(told)? {
-                    swept.removed.push(format!("bitmaps of a job of {}", machine.name));
-                }
-            }
-            return Ok(());
-        };
-        let files: Vec<PathBuf> = definition::files_of(&job).into_iter().map(PathBuf::from).collect();
-        let is_ours = |file: &PathBuf| file.parent().is_some_and(scratch::is_marked);
-        if files.is_empty() || !files.iter().all(is_ours) {
-            return Ok(());
+            view::end(&mut connection, &domain).map_err(told)?;
+            scratch::remove(&files);
+            swept.removed.push(format!("a backup job of {}", machine.name));
         }
-        view::end(&mut connection, &domain).map_err(told)?;
-        scratch::remove(&files);
-        swept.removed.push(format!("a backup job of {}", machine.name));
+        let disks = definition::disks(&machine.name, &text).unwrap_or_default();
+        let images = disks.iter().filter_map(|disk| Path::new(disk.file.as_deref()?).parent());
+        let mut folders: BTreeSet<PathBuf> = images.map(Path::to_owned).collect();
+        folders.extend(self.settings.scratch.clone());
+        folders.insert("/var/tmp".into());
+        swept.removed.extend(scratch::remove_left(machine, &folders));
+        let removed = &mut swept.removed;
+        // What keeps an old recovery from its end must not keep the machine from being protected.
+        if let Err(error) = recovery::sweep(&mut connection, machine, &domain, &text, removed) {
+            swept.troubles.push(format!("a recovery of {} is not at its end: {error}", machine.name));
+            connection = self.open(&machine.name)?;
+        }
+        if domain.id >= 0 {
+            let any = view::sweep_copies(&mut connection, &domain, machine, &disks, &self.settings);
+            if any.map_err(told)? {
+                swept.removed.push(format!("bitmaps of a job of {}", machine.name));
+            }
+        }
         Ok(())
     }
 }
@@ -306,10 +301,9 @@ impl Provider for Libvirt {
             .map_err(|error| failed(&machine.name, &error))?;
         let mut disks = Vec::new();
         for disk in view::chosen(machine, exclude, definition::disks(&machine.name, &text)?)? {
-            let info = connection
-                .block_info(&domain, &disk.target)
+            let bytes = capacity::told(&mut connection, &domain, &disk)
                 .map_err(|error| failed(&format!("{} disk {}", machine.name, disk.target), &error))?;
-            disks.push(view::describe(&disk, info.capacity, None));
+            disks.push(view::describe(&disk, bytes, None));
         }
         Ok(MachineDescription { id: machine.id, name: domain.name, provider: "libvirt".to_owned(), disks })
     }

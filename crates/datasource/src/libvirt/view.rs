@@ -16,7 +16,7 @@ use super::request::{self, Request, keeps_bitmaps};
 use super::rpc::{Connection, Domain, LibvirtError, State};
 use super::still::{Begun, Moment};
 use super::volumes::{Place, Volumes};
-use super::{CHECKPOINT, Settings, failed, keeps_swap, scratch, swap};
+use super::{CHECKPOINT, Settings, capacity, failed, keeps_swap, scratch, swap};
 use crate::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
     MachineSpec, ProviderError, Source,
@@ -45,6 +45,8 @@ pub struct LibvirtView {
     disks: Vec<FrozenDisk>,
     configuration: String,
     job: Running,
+    /// Why it is no view any more: what came back after a failure may be another job.
+    broken: Mutex<Option<String>>,
 }
 
 /// A machine as libvirt has it now, and the conversation about it.
@@ -195,16 +197,18 @@ impl FrozenView for LibvirtView {
 
     fn verify_unchanged(&self) -> Result<(), ProviderError> {
         let object = self.description.name.clone();
-        match self.job.is_alive() {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(ProviderError::Changed {
-                object,
-                reason: "its backup job ended by itself: scratch space ran full, the machine stopped or moved, or \
-                         somebody ended it"
-                    .to_owned(),
-            }),
-            Err(error) => Err(failed(&object, &error)),
+        let mut broken = self.broken.lock().unwrap_or_else(PoisonError::into_inner);
+        if broken.is_none() {
+            *broken = match self.job.is_alive() {
+                Ok(true) => return Ok(()),
+                Ok(false) => Some(
+                    "its backup job ended by itself: scratch space ran full, the machine stopped or moved, or somebody ended it"
+                        .to_owned(),
+                ),
+                Err(error) => Some(format!("whether its backup job goes on is not known: {error}")),
+            };
         }
+        Err(ProviderError::Changed { object, reason: broken.clone().unwrap_or_default() })
     }
 }
 
@@ -370,6 +374,15 @@ pub(super) fn freeze(
     }
     let folders: Vec<PathBuf> = words.scratch.iter().map(|file| scratch::around(file).to_owned()).collect();
     let place = volumes.enter(&machine.name, request.job, &folders, request.scratch_bytes)?;
+    // It may have waited, and somebody may have changed the machine meanwhile.
+    let text = connection.definition(&domain, false).map_err(told)?;
+    if connection.state(&domain).map_err(told)? != state || definition::disks(&machine.name, &text)? != all {
+        return Err(ProviderError::Changed {
+            object: machine.name.clone(),
+            reason: "its power or its disks were changed while the backup waited for room on the host"
+                .to_owned(),
+        });
+    }
     let memory = Memory::look(&mut connection, &domain, &disks, settings).map_err(told)?;
     adopt(&mut connection, &domain, machine, &disks, &request.since).map_err(told)?;
     let (mut bases, mut sizes) = (Vec::new(), Vec::new());
@@ -379,7 +392,7 @@ pub(super) fn freeze(
         bases.push(base_of(&mut connection, &domain, disk, node, since).map_err(told)?);
         sizes.push(match node {
             Ok(node) => node.size,
-            Err(_) => connection.block_info(&domain, &disk.target).map_err(told)?.capacity,
+            Err(_) => capacity::told(&mut connection, &domain, disk).map_err(told)?,
         });
     }
     let checkpoint = words.checkpoint(machine, &all, &disks);
@@ -472,6 +485,7 @@ pub(super) fn freeze(
         let options = Options {
             export: shown.export,
             bitmaps: shown.bitmap.clone().into_iter().collect(),
+            sector_size: disk.sector.unwrap_or(512),
             connections: 2,
             ..Options::default()
         };
@@ -556,6 +570,7 @@ pub(super) fn freeze(
         method: FreezeMethod::Checkpoint { evidence: still.evidence },
         disks: frozen,
         job,
+        broken: Mutex::new(None),
     })
 }
 

@@ -19,8 +19,8 @@ use crate::ProviderError;
 pub(super) const RESERVE: u64 = 512 << 20;
 /// Views that read from one volume at once.
 const VIEWS: usize = 2;
-/// How long a view waits for others to end.
-const PATIENCE: Duration = Duration::from_secs(1800);
+/// How long a view waits for others to end: less than a server waits for the word of a silent agent.
+const PATIENCE: Duration = Duration::from_secs(200);
 
 #[derive(Debug, Clone, Copy)]
 struct View {

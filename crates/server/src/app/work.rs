@@ -7,7 +7,7 @@ use block_io::Pace;
 use jobs::decide::Wish;
 use jobs::recover::Recovery;
 use jobs::{JobContext, LogLevel, keep, synchronize};
-use model::{ByteRange, Code, Problem, RangeSet, Timestamp};
+use model::{ByteRange, Code, Power, Problem, RangeSet, Timestamp, Unfrozen};
 use protocol::api::{
     self, Figures, Job, JobKind, JobRequest, Plan, PlannedPoint, RateLimit, RecoverDisk, RecoverTarget,
     RemoveData, Started, Synchronize, Time,
@@ -800,7 +800,30 @@ impl App {
             ));
         }
         plan.bytes_read = Some(total);
+        // A set of image files is known to no hypervisor.
+        if datasource.provider != "images"
+            && let Some(machine) = host.machines()?.into_iter().find(|machine| machine.id == datasource.id)
+        {
+            plan.steps.push(stillness(&machine, datasource.unfrozen));
+        }
         Ok(())
+    }
+}
+
+/// How a machine will come to stand still, said before it is done: nobody's machine is paused by surprise (S24).
+fn stillness(machine: &model::HostMachine, unfrozen: Unfrozen) -> String {
+    let otherwise = match unfrozen {
+        Unfrozen::Fail => "the job fails after two retries",
+        Unfrozen::Pause => "the machine is PAUSED for the instant of the checkpoint, after two retries",
+        Unfrozen::Crash => "the point is crash-consistent, after two retries, and an alert stands",
+    };
+    match (machine.power, machine.guest_agent) {
+        (Power::Off, _) => format!("{} is off: its images are read at rest.", machine.name),
+        (_, Some(true)) => format!(
+            "{} runs with a guest agent, which freezes its file systems for the checkpoint; if it does not: {otherwise}.",
+            machine.name
+        ),
+        _ => format!("{} runs and no guest agent of it is connected: {otherwise}.", machine.name),
     }
 }
 

@@ -37,6 +37,16 @@ pub(super) fn prepare(
         (None, Identity::Keep) => talk.recovery.machine_name.clone(),
         (None, Identity::New) => format!("{}-recovered", talk.recovery.machine_name),
     };
+    if name.trim().is_empty() || name.contains(['/', '\n', '\0']) || name.starts_with('.') {
+        return Err(talk.refused(format!(
+            "{name:?} cannot be the name of a machine: no slash, no line feed, no dot at its beginning; choose one with --name"
+        )));
+    }
+    if let Some(unknown) = format.filter(|format| format.parse::<ImageFormat>().is_err()) {
+        return Err(
+            talk.refused(format!("{unknown:?} is no format of disks: --format raw, vhd, vhdx or qcow2"))
+        );
+    }
     let told = |error| crate::libvirt::failed(&name, &error);
     let folder = match folder {
         Some(pool) if !pool.starts_with('/') => talk.connection.pool_folder(pool).map_err(told)?,
@@ -175,6 +185,7 @@ pub(super) fn complete(
     let (id, name) = (prepared.id, prepared.name.clone());
     let told = |error| crate::libvirt::failed(&name, &error);
     let first = prepared.disks.first().ok_or_else(|| talk.refused("the point has no disks"))?;
+    super::check_files(prepared)?;
     let folder = Path::new(&first.path).parent().unwrap_or(Path::new("/")).to_owned();
     let path = note::elsewhere(&folder, &name);
     let known = talk.connection.domain(&id.0).map_err(told)?;

@@ -120,12 +120,30 @@ fn check_room(machine: &str, needs: &[(PathBuf, u64)]) -> Result<(), ProviderErr
     Ok(())
 }
 
+/// The machine is not made of disks that are not there.
+fn check_files(prepared: &PreparedMachine) -> Result<(), ProviderError> {
+    match prepared.disks.iter().find(|disk| !Path::new(&disk.path).is_file()) {
+        None => Ok(()),
+        Some(gone) => Err(ProviderError::TargetWrite {
+            object: gone.path.clone(),
+            reason: "the disk that was recovered there is gone: run the recovery again".to_owned(),
+        }),
+    }
+}
+
 fn talk<'a>(settings: &'a Settings, recovery: &'a MachineRecovery) -> Result<Talk<'a>, ProviderError> {
     let name = &recovery.machine_name;
     let spec = serde_json::from_str(&recovery.spec).map_err(|error| ProviderError::Format {
         object: name.clone(),
         reason: format!("its definition cannot be read: {error}"),
     })?;
+    crate::libvirt::source(&spec)?;
+    if recovery.disks.is_empty() {
+        return Err(ProviderError::Unsupported {
+            object: name.clone(),
+            reason: "the point has no disks".to_owned(),
+        });
+    }
     let configuration = Configuration::decode(name, &recovery.configuration)?;
     let connection = Connection::open(&settings.socket).map_err(|error| super::failed(name, &error))?;
     Ok(Talk { settings, connection, recovery, spec, configuration })

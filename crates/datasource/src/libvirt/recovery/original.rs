@@ -55,7 +55,13 @@ struct Layout {
     notes: Vec<String>,
 }
 
-fn lay_out(talk: &Talk<'_>, current: &[Disk], chain: &BTreeSet<PathBuf>) -> Result<Layout, ProviderError> {
+/// `made` are files of an earlier try: it goes on with them.
+fn lay_out(
+    talk: &Talk<'_>,
+    current: &[Disk],
+    chain: &BTreeSet<PathBuf>,
+    made: &[PathBuf],
+) -> Result<Layout, ProviderError> {
     let job = short(&talk.recovery.job.0);
     let mut layout = Layout {
         prepared: Vec::new(),
@@ -92,7 +98,8 @@ fn lay_out(talk: &Talk<'_>, current: &[Disk], chain: &BTreeSet<PathBuf>) -> Resu
                 if !was.is_absolute() {
                     return Err(talk.refused(format!("disk {target} of the point does not say where it was")));
                 }
-                let file = if was.exists() { beside(&was, &job, &extension(&was)) } else { was };
+                let is_free = !was.exists() || made.contains(&was);
+                let file = if is_free { was } else { beside(&was, &job, &extension(&was)) };
                 layout.notes.push(format!(
                     "The machine has no disk {target} now; it comes back as {}.",
                     file.display()
@@ -103,12 +110,13 @@ fn lay_out(talk: &Talk<'_>, current: &[Disk], chain: &BTreeSet<PathBuf>) -> Resu
             }
         };
         let (path, format, over) = prepared;
+        let is_done = made.contains(&path) && path.exists();
         layout.prepared.push(PreparedDisk {
             disk: disk.disk,
             path: path.display().to_string(),
             format,
             over,
-            is_done: false,
+            is_done,
         });
     }
     let is_known = |target: &str| {
@@ -174,7 +182,7 @@ pub(super) fn prepare(talk: &mut Talk<'_>, stop: Option<Stop>) -> Result<Prepare
         return Err(ProviderError::Locked { object: name, reason: "a backup job of it runs".to_owned() });
     }
     let chain = definition::chain_folders(&text);
-    let mut layout = lay_out(talk, &current, &chain)?;
+    let mut layout = lay_out(talk, &current, &chain, &[])?;
     check_room(&name, &layout.needs)?;
 
     let job = short(&talk.recovery.job.0);
@@ -182,11 +190,7 @@ pub(super) fn prepare(talk: &mut Talk<'_>, stop: Option<Stop>) -> Result<Prepare
         layout.files.push(beside(Path::new(&nvram), &job, &extension(Path::new(&nvram))));
     }
     let tpm = configuration::tpm_folder(&talk.settings.tpm, &id.0, &talk.configuration.definition);
-    let tpm = tpm.filter(|_| talk.has_tpm()).map(|place| Exchange {
-        new: place.with_extension(format!("new-{job}")),
-        old: place.with_extension(format!("old-{job}")),
-        place,
-    });
+    let tpm = tpm.filter(|_| talk.has_tpm()).map(|place| exchange(place, &job));
     // Beside a disk that the machine has: there it is looked for.
     let folder = folders(&current).into_iter().next().ok_or_else(|| {
         talk.refused("the machine has no disk in a file now, beside which the recovery could be noted")
@@ -224,6 +228,14 @@ pub(super) fn prepare(talk: &mut Talk<'_>, stop: Option<Stop>) -> Result<Prepare
     })
 }
 
+fn exchange(place: PathBuf, job: &str) -> Exchange {
+    Exchange {
+        new: place.with_extension(format!("new-{job}")),
+        old: place.with_extension(format!("old-{job}")),
+        place,
+    }
+}
+
 /// The machine is not there any more: full images where they were.
 fn anew(talk: &mut Talk<'_>) -> Result<PreparedMachine, ProviderError> {
     let name = talk.recovery.machine_name.clone();
@@ -237,7 +249,12 @@ fn anew(talk: &mut Talk<'_>) -> Result<PreparedMachine, ProviderError> {
             ),
         });
     }
-    let mut layout = lay_out(talk, &[], &BTreeSet::new())?;
+    let id = talk.recovery.machine;
+    let first = talk.disks()?.first().and_then(|(_, disk, _)| disk.properties.get(FILE).cloned());
+    let path = note::in_progress(&folder_of(Path::new(&first.unwrap_or_default())), id);
+    let earlier = Note::read(&path)?.filter(|note| note.point == talk.recovery.point);
+    let made = earlier.map(|note| note.files).unwrap_or_default();
+    let mut layout = lay_out(talk, &[], &BTreeSet::new(), &made)?;
     layout.notes.insert(0, "The machine is not there any more; it is made again.".to_owned());
     for disk in &layout.prepared {
         if Path::new(&disk.path).to_string_lossy().contains(MARK) {
@@ -251,13 +268,27 @@ fn anew(talk: &mut Talk<'_>) -> Result<PreparedMachine, ProviderError> {
             .map_err(|error| ProviderError::target(disk.path.clone(), "make its folder", &error))?;
     }
     check_room(&name, &layout.needs)?;
-    Ok(PreparedMachine {
-        id: talk.recovery.machine,
-        name,
-        disks: layout.prepared,
-        stopped: false,
-        notes: layout.notes,
-    })
+    let job = short(&talk.recovery.job.0);
+    if let Some(place) = definition::nvram(&talk.configuration.definition).map(PathBuf::from) {
+        // What somebody kept of the machine is not written over.
+        let is_free = !place.exists() || made.contains(&place);
+        layout.files.push(if is_free { place } else { beside(&place, &job, &extension(&place)) });
+    }
+    let tpm = configuration::tpm_folder(&talk.settings.tpm, &id.0, &talk.configuration.definition);
+    let note = Note {
+        job: talk.recovery.job,
+        point: talk.recovery.point,
+        machine: id,
+        overlays: Vec::new(),
+        files: layout.files,
+        tpm: tpm.filter(|_| talk.has_tpm()).map(|place| exchange(place, &job)),
+        was_running: false,
+        before: String::new(),
+        keep_seconds: talk.recovery.keep_seconds,
+        until: None,
+    };
+    note.write(&path)?;
+    Ok(PreparedMachine { id, name, disks: layout.prepared, stopped: false, notes: layout.notes })
 }
 
 fn halt(
@@ -298,6 +329,7 @@ pub(super) fn complete(
     let domain = talk.connection.domain(&id.0).map_err(told)?;
     let mut notes = Vec::new();
     let _claim = claim(talk)?;
+    super::check_files(prepared)?;
     let mut path = PathBuf::new();
     let mut note = None;
     if let Some(domain) = &domain {
@@ -309,6 +341,9 @@ pub(super) fn complete(
                 break;
             }
         }
+    } else if let Some(first) = prepared.disks.first() {
+        path = note::in_progress(&folder_of(Path::new(&first.path)), id);
+        note = Note::read(&path)?.filter(|note| note.job == talk.recovery.job);
     }
     let mut disks = std::collections::BTreeMap::new();
     for (disk, (_, _, target)) in prepared.disks.iter().zip(talk.disks()?) {
@@ -316,6 +351,17 @@ pub(super) fn complete(
         disks.insert(target, source);
     }
     let mut nvram = None;
+    if let Some(domain) = &domain
+        && note.is_none()
+        && has_all(talk, domain, prepared)?
+    {
+        // The answer to an earlier call was lost.
+        let is_off = talk.connection.state(domain).map_err(told)? == State::Off;
+        if talk.recovery.start && is_off {
+            talk.connection.start(domain).map_err(told)?;
+        }
+        return Ok(CompletedMachine { id, name, started: talk.recovery.start, notes });
+    }
     if let Some(domain) = &domain {
         if talk.connection.state(domain).map_err(told)? != State::Off {
             return Err(ProviderError::Changed {
@@ -325,10 +371,7 @@ pub(super) fn complete(
                         .to_owned(),
             });
         }
-        let note = note.as_ref().ok_or_else(|| ProviderError::Changed {
-            object: path.display().to_string(),
-            reason: "the note of this recovery is gone: it was given up and swept meanwhile".to_owned(),
-        })?;
+        let note = noted(note.as_ref(), &path)?;
         let text = talk.connection.definition(domain, true).map_err(told)?;
         let current = definition::disks(&name, &text)?;
         let is_base = |overlay: &Overlay| {
@@ -360,13 +403,17 @@ pub(super) fn complete(
             talk.write_tpm(&tpm.new)?;
         }
     } else {
-        // Made again: everything goes where it was.
-        if let Some(old) = definition::nvram(&talk.configuration.definition) {
-            talk.write_nvram(Path::new(&old))?;
+        // Made again: everything goes where it was, or beside what stands there.
+        let note = noted(note.as_ref(), &path)?;
+        if let Some(place) = definition::nvram(&talk.configuration.definition).map(PathBuf::from) {
+            let beside = beside(&place, &short(&note.job.0), &extension(&place));
+            let chosen = if note.files.contains(&beside) { beside } else { place };
+            if talk.write_nvram(&chosen)? {
+                nvram = Some(chosen.display().to_string());
+            }
         }
-        let tpm = configuration::tpm_folder(&talk.settings.tpm, &id.0, &talk.configuration.definition);
-        if let Some(place) = tpm.filter(|_| talk.has_tpm()) {
-            talk.write_tpm(&place)?;
+        if let Some(tpm) = &note.tpm {
+            talk.write_tpm(&tpm.new)?;
         }
     }
     let changes = Changes {
@@ -381,7 +428,7 @@ pub(super) fn complete(
     let definition = rewritten(&talk.configuration.definition, &changes)?;
     // The moment of the swap.
     let domain = talk.connection.define(&definition).map_err(told)?;
-    if let Some(note) = &note {
+    if let Some(note) = note.as_ref().filter(|note| !note.before.is_empty()) {
         // Somebody was quicker by a moment: then the machine runs from the old disks, and must find them again.
         let is_off = talk.connection.state(&domain).map_err(told)? == State::Off;
         let proved = match is_off {
@@ -416,6 +463,23 @@ pub(super) fn complete(
         talk.connection.start(&domain).map_err(told)?;
     }
     Ok(CompletedMachine { id, name, started, notes })
+}
+
+fn noted<'a>(note: Option<&'a Note>, path: &Path) -> Result<&'a Note, ProviderError> {
+    note.ok_or_else(|| ProviderError::Changed {
+        object: path.display().to_string(),
+        reason: "the note of this recovery is gone: it was given up and swept meanwhile".to_owned(),
+    })
+}
+
+/// Whether the machine has the disks that were prepared for it.
+fn has_all(talk: &mut Talk<'_>, domain: &Domain, prepared: &PreparedMachine) -> Result<bool, ProviderError> {
+    let text = talk.connection.definition(domain, true).map_err(|error| failed(&domain.name, &error))?;
+    let current = definition::disks(&domain.name, &text)?;
+    let mut wanted = prepared.disks.iter().zip(talk.disks()?);
+    Ok(wanted.all(|(disk, (_, _, target))| {
+        current.iter().any(|now| now.target == target && now.file.as_deref() == Some(&disk.path))
+    }))
 }
 
 /// The right to touch the machine; somebody who has it for a moment is waited for.
