@@ -140,7 +140,8 @@ impl Host {
         self.hosts.join(&self.name).join("images")
     }
 
-    fn socket(&self) -> PathBuf {
+    /// Its daemon's socket.
+    pub fn socket(&self) -> PathBuf {
         self.hosts.join(&self.name).join("run/libvirt-sock")
     }
 

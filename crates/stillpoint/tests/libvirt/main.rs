@@ -2,6 +2,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)]
 
+mod conformance;
 mod formats;
 mod hosts;
 mod kills;

@@ -206,6 +206,18 @@ fn definition_firmware_and_left_out_disks_come_back() {
     assert_eq!(file_of(&host, "g1"), disk.display().to_string());
     assert!(host.virsh(&["dominfo", "g1"]).contains("Autostart:      enable"));
     assert!(host.virsh(&["dumpxml", "g1"]).contains("d2.raw"), "the disk that was left out is what it is");
+
+    // Once more, with what somebody kept of it: a disk is not touched, variables are not written over.
+    host.virsh(&["undefine", "g1", "--keep-nvram"]);
+    let words = ["recover", "vm", "g1", "--point", "latest", "--original", "--yes"];
+    let told = host.run(&words).refused(5, "SP-1006");
+    assert!(told.contains("move it away"), "{told}");
+    std::fs::remove_file(&disk).unwrap();
+    std::fs::write(&variables, vec![1; 100]).unwrap();
+    host.done(&words);
+    assert_eq!(std::fs::read(&variables).unwrap(), vec![1; 100]);
+    let text = host.virsh(&["dumpxml", "g1", "--inactive"]);
+    assert!(text.contains("g1_VARS.recovered-"), "{text}");
 }
 
 fn network(host: &Host, name: &str) -> String {
