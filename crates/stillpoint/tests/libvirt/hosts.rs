@@ -329,6 +329,13 @@ impl Host {
         said.contains("frozen")
     }
 
+    /// Whether a guest says that no file system of it is frozen. After a restart of the daemon nobody can ask it for a moment.
+    pub fn is_thawed(&self, guest: &str) -> bool {
+        let said =
+            self.virsh_output(&["qemu-agent-command", guest, "{\"execute\":\"guest-fsfreeze-status\"}"]);
+        String::from_utf8_lossy(&said.stdout).contains("thawed")
+    }
+
     /// Checkpoints of a guest.
     pub fn checkpoints(&self, guest: &str) -> Vec<String> {
         let said = self.virsh(&["checkpoint-list", guest, "--name", "--topological"]);

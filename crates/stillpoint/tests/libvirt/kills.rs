@@ -50,7 +50,7 @@ fn whoever_dies_in_a_backup_the_guest_goes_on_and_the_next_point_is_right() {
             }
         }
         drop(started);
-        until(Duration::from_secs(60), &format!("{what}: thawed"), || !host.is_frozen("g1"));
+        until(Duration::from_secs(60), &format!("{what}: thawed"), || host.is_thawed("g1"));
         assert_eq!(host.virsh(&["domstate", "g1"]).trim(), "running", "{what}");
         // The next contact. A job that survived is still at work, or a dead one is not given up yet.
         let mut ended = None;
