@@ -24,11 +24,11 @@ mod provider;
 mod target;
 
 pub use error::ProviderError;
-pub use images::{BaseImage, Images};
+pub use images::Images;
 #[cfg(unix)]
 pub use libvirt::Libvirt;
 pub use provider::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, ImageSource, ImagesSource,
     LibvirtSource, MachineDescription, MachineSpec, Provider, Source, Swept,
 };
-pub use target::{RecoveryTarget, TargetRequest};
+pub use target::{BaseImage, RecoveryTarget, TargetRequest};

@@ -26,7 +26,52 @@ use model::RecoveryPointId;
 use serde::{Deserialize, Serialize};
 
 use crate::ProviderError;
-use crate::images::{BaseImage, BaseState, OpenBase};
+
+/// An image to write an overlay over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BaseImage {
+    /// Its file; of a chain the uppermost.
+    pub path: PathBuf,
+    /// Its format. The overlay states it, so that QEMU does not guess it from the guest's bytes either.
+    pub format: ImageFormat,
+    /// Folders besides the image's own in which (and below which) its backing files and parents may lie.
+    pub allow_backing: Vec<PathBuf>,
+}
+
+/// The files below an overlay as they were when it was begun: what an interrupted one is continued by.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BaseState {
+    /// The name in the overlay's header.
+    pub path: String,
+    pub format: String,
+    /// The files below it, and itself.
+    pub files: Vec<FileState>,
+}
+
+/// As a stamp, without the device: its number may be another after the host has been started anew.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileState {
+    pub path: String,
+    pub size: u64,
+    pub inode: u64,
+    pub modified: i128,
+    pub changed: i128,
+}
+
+/// The image below an overlay, opened by who knows images: its files are watched.
+pub(crate) trait Below: Send + Sync {
+    /// As the overlay's writer wants it.
+    fn base(&self) -> &qcow2::Base;
+    /// What its files are like.
+    fn state(&self) -> BaseState;
+    /// Whether what stands at `path` is one of the files, under this or another name.
+    fn holds(&self, path: &Path) -> bool;
+    /// Proves that the files are as they were when they were opened, and that nobody is about to write to them.
+    fn verify_unchanged(&self) -> Result<(), ProviderError>;
+}
+
+/// Opens an image to write an overlay over.
+pub(crate) type OpenBelow<'a> = &'a dyn Fn(&BaseImage) -> Result<Box<dyn Below>, ProviderError>;
 
 /// What is to be recovered where.
 #[derive(Debug, Clone)]
@@ -57,7 +102,7 @@ pub struct RecoveryTarget {
     fresh: bool,
     device: Arc<dyn WritableDevice>,
     /// What the file is an overlay of.
-    base: Option<OpenBase>,
+    base: Option<Box<dyn Below>>,
     /// Held while this recovery lives, so that no second one fills the same file.
     _lock: File,
 }
@@ -81,7 +126,7 @@ struct State {
 const STATE_LIMIT: u64 = 1 << 20;
 
 impl State {
-    fn of(request: &TargetRequest, base: Option<&OpenBase>) -> State {
+    fn of(request: &TargetRequest, base: Option<&dyn Below>) -> State {
         State {
             // Whoever knows version 1 only must not take an overlay for the whole disk.
             version: if base.is_some() { 2 } else { 1 },
@@ -91,7 +136,7 @@ impl State {
             size: request.new.size,
             sector: request.new.logical_sector_size,
             fixed: request.new.fixed,
-            base: base.map(OpenBase::state),
+            base: base.map(Below::state),
         }
     }
 
@@ -160,7 +205,10 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 
 impl RecoveryTarget {
     /// Continues the recovery of the same disk if it was interrupted, otherwise begins it.
-    pub fn open(request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
+    pub(crate) fn open(
+        request: &TargetRequest,
+        below: OpenBelow<'_>,
+    ) -> Result<RecoveryTarget, ProviderError> {
         let shown = request.path.display().to_string();
         let failed = |action: &'static str| {
             let shown = shown.clone();
@@ -182,8 +230,11 @@ impl RecoveryTarget {
         }
         let partial = beside(&request.path, ".partial");
         let state = beside(&request.path, ".partial.state");
-        let base =
-            request.over.as_ref().map(|base| open_base(request, base, [&partial, &state])).transpose()?;
+        let base = request
+            .over
+            .as_ref()
+            .map(|base| open_base(request, base, below, [&partial, &state]))
+            .transpose()?;
 
         let mut lock = lock_state(&state).map_err(failed("make its state file"))?.ok_or_else(|| {
             ProviderError::TargetBusy {
@@ -193,7 +244,7 @@ impl RecoveryTarget {
         })?;
         let mut found = Vec::new();
         (&mut lock).take(STATE_LIMIT).read_to_end(&mut found).map_err(failed("read its state file"))?;
-        let wanted = State::of(request, base.as_ref());
+        let wanted = State::of(request, base.as_deref());
         let known = State::decode(&found);
         let has_partial = exists(&partial).map_err(failed("look at its partial file"))?;
         if has_partial && known.as_ref() != Some(&wanted) {
@@ -226,7 +277,7 @@ impl RecoveryTarget {
                 });
             }
             let file = DiskFile::open(&partial).map_err(failed("open its partial file"))?;
-            let opened = open_writer(request, base.as_ref(), Arc::new(file));
+            let opened = open_writer(request, base.as_deref(), Arc::new(file));
             match opened {
                 Ok(writer) if writer.size() == request.new.size => device = Some(writer),
                 // It was cut off before it was an image; nothing is lost with it.
@@ -240,7 +291,7 @@ impl RecoveryTarget {
             Some(device) => device,
             None => {
                 let file = DiskFile::create(&partial).map_err(failed("make its partial file"))?;
-                let made = create_writer(request, base.as_ref(), Arc::new(file));
+                let made = create_writer(request, base.as_deref(), Arc::new(file));
                 match made {
                     Ok(writer) => writer,
                     Err(error) => {
@@ -326,7 +377,12 @@ impl RecoveryTarget {
 }
 
 /// Opens what the target is to be an overlay of. None of its files may be one that the recovery writes or replaces.
-fn open_base(request: &TargetRequest, base: &BaseImage, ours: [&Path; 2]) -> Result<OpenBase, ProviderError> {
+fn open_base(
+    request: &TargetRequest,
+    base: &BaseImage,
+    below: OpenBelow<'_>,
+    ours: [&Path; 2],
+) -> Result<Box<dyn Below>, ProviderError> {
     if request.format != ImageFormat::Qcow2 {
         return Err(ProviderError::TargetFormat {
             object: request.path.display().to_string(),
@@ -336,7 +392,7 @@ fn open_base(request: &TargetRequest, base: &BaseImage, ours: [&Path; 2]) -> Res
             ),
         });
     }
-    let opened = OpenBase::open(base)?;
+    let opened = below(base)?;
     for path in [request.path.as_path()].into_iter().chain(ours) {
         if opened.holds(path) {
             return Err(ProviderError::TargetExists {
@@ -353,7 +409,7 @@ fn open_base(request: &TargetRequest, base: &BaseImage, ours: [&Path; 2]) -> Res
 
 fn create_writer(
     request: &TargetRequest,
-    base: Option<&OpenBase>,
+    base: Option<&dyn Below>,
     file: Arc<DiskFile>,
 ) -> Result<Box<dyn WritableDevice>, ImageError> {
     let Some(base) = base else { return probe::create_writer(request.format, file, &request.new) };
@@ -363,7 +419,7 @@ fn create_writer(
 
 fn open_writer(
     request: &TargetRequest,
-    base: Option<&OpenBase>,
+    base: Option<&dyn Below>,
     file: Arc<DiskFile>,
 ) -> Result<Box<dyn WritableDevice>, ImageError> {
     let Some(base) = base else {

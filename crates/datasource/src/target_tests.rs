@@ -55,13 +55,13 @@ fn a_recovery_is_continued_and_ends_under_its_name() {
     for format in [ImageFormat::Raw, ImageFormat::Vhd, ImageFormat::Vhdx, ImageFormat::Qcow2] {
         let path = folder.path().join(format!("disk.{}", format.word()));
         let request = request(&path, format);
-        let target = RecoveryTarget::open(&request).unwrap();
+        let target = crate::images::target(&request).unwrap();
         assert!(target.fresh());
         target.device().write_at(65536, &[7; 65536]).unwrap();
         target.device().flush().unwrap();
         assert!(target.partial_path().exists() && !path.exists());
         drop(target);
-        let target = RecoveryTarget::open(&request).unwrap();
+        let target = crate::images::target(&request).unwrap();
         assert!(!target.fresh());
         let mut buf = [0; 65536];
         target.device().read_at(65536, &mut buf).unwrap();
@@ -80,7 +80,7 @@ fn a_recovery_is_continued_and_ends_under_its_name() {
 fn holes_stay_holes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.raw");
-    let target = RecoveryTarget::open(&request(&path, ImageFormat::Raw)).unwrap();
+    let target = crate::images::target(&request(&path, ImageFormat::Raw)).unwrap();
     target.device().write_at(1 << 20, &[1; 4096]).unwrap();
     target.finish(true).unwrap();
     #[cfg(unix)]
@@ -96,16 +96,16 @@ fn nothing_that_stands_there_is_written_over_unasked() {
     let path = folder.path().join("disk.raw");
     fs::write(&path, b"precious").unwrap();
     let mut request = request(&path, ImageFormat::Raw);
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetExists);
     assert_eq!(names(folder.path()), ["disk.raw"]);
     // It appears while the recovery runs.
     fs::remove_file(&path).unwrap();
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     fs::write(&path, b"precious").unwrap();
     assert_eq!(target.finish(true).unwrap_err().code(), Code::TargetExists);
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     request.overwrite = true;
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     assert!(!target.fresh(), "the partial file was kept");
     assert_eq!(fs::read(&path).unwrap(), b"precious");
     target.finish(true).unwrap();
@@ -114,7 +114,7 @@ fn nothing_that_stands_there_is_written_over_unasked() {
     // A folder is never replaced.
     request.path = folder.path().join("folder");
     fs::create_dir(&request.path).unwrap();
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetExists);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn a_partial_file_of_another_recovery_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.raw");
     let first = request(&path, ImageFormat::Raw);
-    RecoveryTarget::open(&first).unwrap().device().write_at(0, &[9; 512]).unwrap();
+    crate::images::target(&first).unwrap().device().write_at(0, &[9; 512]).unwrap();
     let others = [
         TargetRequest { point: RecoveryPointId([5; 16]), ..first.clone() },
         TargetRequest { disk: "disk1".to_owned(), ..first.clone() },
@@ -131,16 +131,16 @@ fn a_partial_file_of_another_recovery_is_left_alone() {
     ];
     let before = fs::read(folder.path().join("disk.raw.partial.state")).unwrap();
     for other in &others {
-        assert_eq!(code(RecoveryTarget::open(other)), Code::TargetExists);
+        assert_eq!(code(crate::images::target(other)), Code::TargetExists);
     }
     assert_eq!(fs::read(folder.path().join("disk.raw.partial.state")).unwrap(), before);
-    assert!(!RecoveryTarget::open(&first).unwrap().fresh());
-    let target = RecoveryTarget::open(&TargetRequest { overwrite: true, ..others[0].clone() }).unwrap();
+    assert!(!crate::images::target(&first).unwrap().fresh());
+    let target = crate::images::target(&TargetRequest { overwrite: true, ..others[0].clone() }).unwrap();
     assert!(target.fresh());
     let mut buf = [1; 512];
     target.device().read_at(0, &mut buf).unwrap();
     assert_eq!(buf, [0; 512]);
-    assert_eq!(code(RecoveryTarget::open(&others[0])), Code::SourceBusy, "two recoveries of one file");
+    assert_eq!(code(crate::images::target(&others[0])), Code::SourceBusy, "two recoveries of one file");
     target.discard().unwrap();
     assert_eq!(names(folder.path()), Vec::<String>::new());
 }
@@ -150,18 +150,18 @@ fn every_flipped_bit_of_the_state_file_stops_the_continuation() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.raw");
     let request = request(&path, ImageFormat::Raw);
-    drop(RecoveryTarget::open(&request).unwrap());
+    drop(crate::images::target(&request).unwrap());
     let state = folder.path().join("disk.raw.partial.state");
     let good = fs::read(&state).unwrap();
     for bit in 0..good.len() * 8 {
         let mut bad = good.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
         fs::write(&state, &bad).unwrap();
-        assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists, "bit {bit}");
+        assert_eq!(code(crate::images::target(&request)), Code::TargetExists, "bit {bit}");
     }
     // A partial file that we know nothing about is somebody's.
     fs::remove_file(&state).unwrap();
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetExists);
     assert_eq!(names(folder.path()), ["disk.raw.partial"]);
 }
 
@@ -170,13 +170,13 @@ fn a_crash_before_the_image_was_one_begins_anew() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.qcow2");
     let request = request(&path, ImageFormat::Qcow2);
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     let partial = target.partial_path().to_owned();
     drop(target);
     fs::write(&partial, b"QFI").unwrap();
-    assert!(RecoveryTarget::open(&request).unwrap().fresh());
+    assert!(crate::images::target(&request).unwrap().fresh());
     fs::remove_file(&partial).unwrap();
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     assert!(target.fresh());
     target.finish(true).unwrap();
     assert_eq!(names(folder.path()), ["disk.qcow2"]);
@@ -187,13 +187,13 @@ fn what_a_format_cannot_hold_creates_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let mut request = request(&folder.path().join("disk.vhd"), ImageFormat::Vhd);
     request.new.size = 3 << 40;
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetFormat);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetFormat);
     request.new.size = 2 << 20;
     request.new.logical_sector_size = 4096;
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetFormat);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetFormat);
     assert_eq!(names(folder.path()), Vec::<String>::new());
     request.path = folder.path().join("missing/disk.vhd");
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetWrite);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetWrite);
     assert_eq!(names(folder.path()), Vec::<String>::new());
 }
 
@@ -208,7 +208,7 @@ fn links_in_place_of_our_files_are_not_followed() {
         symlink(&elsewhere, &link).unwrap();
         for overwrite in [false, true] {
             let request = TargetRequest { overwrite, ..request(&path, ImageFormat::Raw) };
-            match RecoveryTarget::open(&request) {
+            match crate::images::target(&request) {
                 Err(error) => assert_eq!(error.code(), Code::TargetExists, "{name}: {error}"),
                 // Told to replace the partial file, it replaces the link and not what it points at.
                 Ok(target) => {
@@ -239,12 +239,12 @@ fn a_full_target_is_target_full_and_can_be_continued() {
     assert!(done.unwrap().success(), "this test mounts a small file system and needs the rights to");
     let path = mounted.0.path().join("disk.raw");
     let request = request(&path, ImageFormat::Raw);
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     let device = target.device();
     let error = (0..32).find_map(|i| device.write_at(i * 65536, &[1; 65536]).err()).unwrap();
     assert_eq!(ProviderError::from_target_device("disk.raw", &error).code(), Code::TargetFull);
     drop((device, target));
-    assert!(!RecoveryTarget::open(&request).unwrap().fresh());
+    assert!(!crate::images::target(&request).unwrap().fresh());
 }
 
 #[test]
@@ -252,16 +252,16 @@ fn a_state_file_whose_recovery_was_cut_off_after_the_rename_goes() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.raw");
     let request = request(&path, ImageFormat::Raw);
-    let target = RecoveryTarget::open(&request).unwrap();
+    let target = crate::images::target(&request).unwrap();
     drop(target);
     // As a kill leaves it between the new name and the removal of the state.
     fs::rename(folder.path().join("disk.raw.partial"), &path).unwrap();
     assert_eq!(names(folder.path()), ["disk.raw", "disk.raw.partial.state"]);
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetExists);
     assert_eq!(names(folder.path()), ["disk.raw"]);
     // Somebody's own file of that name is not ours to remove.
     fs::write(folder.path().join("disk.raw.partial.state"), b"mine").unwrap();
-    assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists);
+    assert_eq!(code(crate::images::target(&request)), Code::TargetExists);
     assert_eq!(names(folder.path()), ["disk.raw", "disk.raw.partial.state"]);
 }
 
@@ -337,7 +337,7 @@ mod overlay {
                 let mut model = noise();
                 model.resize(size as usize, 0);
 
-                let target = RecoveryTarget::open(&request).unwrap();
+                let target = crate::images::target(&request).unwrap();
                 assert!(!target.fresh(), "{what}: it reads as the base");
                 let device = target.device();
                 assert_eq!(device.size(), size);
@@ -348,7 +348,7 @@ mod overlay {
                 device.flush().unwrap();
                 drop((device, target));
 
-                let target = RecoveryTarget::open(&request).unwrap();
+                let target = crate::images::target(&request).unwrap();
                 assert!(!target.fresh());
                 model[65_000..67_000].fill(7);
                 target.device().read_at(0, &mut found).unwrap();
@@ -389,15 +389,16 @@ mod overlay {
             },
         ];
         for (number, change) in changes.iter().enumerate() {
-            let target = RecoveryTarget::open(&request).unwrap();
+            let target = crate::images::target(&request).unwrap();
             target.device().write_at(0, &[3; 512]).unwrap();
             target.device().flush().unwrap();
             drop(target);
             change();
-            let error = RecoveryTarget::open(&request).err().unwrap();
+            let error = crate::images::target(&request).err().unwrap();
             assert_eq!(error.code(), Code::TargetExists, "change {number}");
             assert!(error.to_string().contains("before somebody wrote to it"), "{error}");
-            let target = RecoveryTarget::open(&TargetRequest { overwrite: true, ..request.clone() }).unwrap();
+            let target =
+                crate::images::target(&TargetRequest { overwrite: true, ..request.clone() }).unwrap();
             let mut found = [0; 512];
             target.device().read_at(0, &mut found).unwrap();
             assert!(found == noise()[..512], "change {number}: begun anew");
@@ -416,15 +417,15 @@ mod overlay {
         let second = over(&path, &folder.join("other.raw"), ImageFormat::Raw);
         let all = [&whole, &first, &second];
         for (number, one) in all.iter().enumerate() {
-            drop(RecoveryTarget::open(one).unwrap());
+            drop(crate::images::target(one).unwrap());
             for (other_number, other) in all.iter().enumerate().filter(|(other, _)| *other != number) {
-                let refused = code(RecoveryTarget::open(other));
+                let refused = code(crate::images::target(other));
                 assert_eq!(refused, Code::TargetExists, "{number} and {other_number}");
             }
-            RecoveryTarget::open(one).unwrap().discard().unwrap();
+            crate::images::target(one).unwrap().discard().unwrap();
         }
         // The state of an overlay is of a version that a program without overlays does not continue.
-        drop(RecoveryTarget::open(&first).unwrap());
+        drop(crate::images::target(&first).unwrap());
         let state = fs::read_to_string(folder.join("disk.qcow2.partial.state")).unwrap();
         assert!(state.starts_with("{\"version\":2,"), "{state}");
     }
@@ -437,7 +438,7 @@ mod overlay {
         let path = folder.join("disk.qcow2");
         let request = over(&path, &folder.join("top.qcow2"), ImageFormat::Qcow2);
         for changed in ["top.qcow2", "middle.qcow2", "base.raw"] {
-            let target = RecoveryTarget::open(&request).unwrap();
+            let target = crate::images::target(&request).unwrap();
             write_the_same(&folder.join(changed), 0);
             let error = target.finish(true).unwrap_err();
             assert_eq!(error.code(), Code::SourceChanged, "{error}");
@@ -446,16 +447,16 @@ mod overlay {
                 "{error}"
             );
             assert!(!path.exists(), "{changed}");
-            assert_eq!(code(RecoveryTarget::open(&request)), Code::TargetExists, "{changed}");
+            assert_eq!(code(crate::images::target(&request)), Code::TargetExists, "{changed}");
             fs::remove_file(folder.join("disk.qcow2.partial")).unwrap();
         }
         // Replaced by a copy, and cut while it is read.
-        let target = RecoveryTarget::open(&request).unwrap();
+        let target = crate::images::target(&request).unwrap();
         fs::copy(folder.join("base.raw"), folder.join("copy")).unwrap();
         fs::rename(folder.join("copy"), folder.join("base.raw")).unwrap();
         assert_eq!(target.finish(true).unwrap_err().code(), Code::SourceChanged);
         fs::remove_file(folder.join("disk.qcow2.partial")).unwrap();
-        let target = RecoveryTarget::open(&request).unwrap();
+        let target = crate::images::target(&request).unwrap();
         OpenOptions::new().write(true).open(folder.join("base.raw")).unwrap().set_len(4096).unwrap();
         let error = target.device().write_at(MIB, &[1; 512]).unwrap_err();
         assert_eq!(ProviderError::from_target_device("disk.qcow2", &error).code(), Code::SourceChanged);
@@ -495,19 +496,19 @@ mod overlay {
         let (path, base) = (folder.join("disk.qcow2"), folder.join("base.raw"));
         let request = over(&path, &base, ImageFormat::Raw);
         let writer = Writer::of(&base);
-        let error = RecoveryTarget::open(&request).err().unwrap();
+        let error = crate::images::target(&request).err().unwrap();
         assert_eq!(error.code(), Code::SourceLocked, "{error}");
         assert_eq!(names(&folder), ["base.raw"]);
         drop(writer);
         // It is started while the overlay is filled, and has not written yet.
-        let target = RecoveryTarget::open(&request).unwrap();
+        let target = crate::images::target(&request).unwrap();
         target.device().write_at(0, &[3; 512]).unwrap();
         let writer = Writer::of(&base);
         let error = target.finish(true).unwrap_err();
         assert_eq!(error.code(), Code::SourceLocked, "{error}");
         assert!(!path.exists());
         drop(writer);
-        RecoveryTarget::open(&request).unwrap().finish(true).unwrap();
+        crate::images::target(&request).unwrap().finish(true).unwrap();
         assert!(fs::read(&base).unwrap() == noise());
         let file = Arc::new(FileDevice::open(&path).unwrap());
         let stated = qcow2::Info::read(&file).unwrap().backing.unwrap();
@@ -533,7 +534,7 @@ mod overlay {
             ("b", "b.partial.state", ImageFormat::Raw),
         ] {
             let request = over(&folder.join(path), &folder.join(base), format);
-            let refused = code(RecoveryTarget::open(&TargetRequest { overwrite: true, ..request }));
+            let refused = code(crate::images::target(&TargetRequest { overwrite: true, ..request }));
             assert_eq!(refused, Code::TargetExists, "{path} over {base}");
         }
         assert_eq!(names(&folder), before);
@@ -624,7 +625,7 @@ mod overlay {
         let path = folder.join("disk.qcow2");
         let refused = |request: &TargetRequest| {
             let before = names(&folder);
-            let refused = code(RecoveryTarget::open(request));
+            let refused = code(crate::images::target(request));
             assert_eq!(names(&folder), before);
             refused
         };
@@ -653,7 +654,7 @@ mod overlay {
         let mut request = over(&path, &folder.join("top.qcow2"), ImageFormat::Qcow2);
         assert_eq!(refused(&request), Code::SourceUnsafe);
         request.over.as_mut().unwrap().allow_backing.push(elsewhere.1);
-        RecoveryTarget::open(&request).unwrap().discard().unwrap();
+        crate::images::target(&request).unwrap().discard().unwrap();
         // Whoever wrote it was killed: QEMU opens it below another image only when its log was replayed.
         vhdx_with_a_log(&folder.join("log.vhdx"));
         let qemu_reads = |name: &str| {
@@ -665,6 +666,6 @@ mod overlay {
         assert_eq!(refused(&request), Code::Unsupported);
         assert!(!qemu_reads("log.vhdx") && !qemu_reads("child.vhdx") && qemu_reads("parent.vhdx"));
         tool("qemu-img", &folder, "check -q -r all log.vhdx");
-        RecoveryTarget::open(&request).unwrap().discard().unwrap();
+        crate::images::target(&request).unwrap().discard().unwrap();
     }
 }

@@ -4,47 +4,17 @@
 //! Whoever writes to one of the files afterwards changes the disk under the overlay, so the overlay gets its name only
 //! when all of them are proved to be as they were. What a hypervisor is told later nobody can watch from here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use disk_image::{ImageFormat, qcow2};
-use serde::{Deserialize, Serialize};
 
 use super::freeze::{self, ImagesView};
 use super::sys::{self, Stamp};
-use crate::{FrozenView, ImageSource, ProviderError};
-
-/// An image to write an overlay over.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BaseImage {
-    /// Its file; of a chain the uppermost.
-    pub path: PathBuf,
-    /// Its format. The overlay states it, so that QEMU does not guess it from the guest's bytes either.
-    pub format: ImageFormat,
-    /// Folders besides the image's own in which (and below which) its backing files and parents may lie.
-    pub allow_backing: Vec<PathBuf>,
-}
-
-/// The files below an overlay as they were when it was begun: what an interrupted one is continued by.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct BaseState {
-    /// The name in the overlay's header.
-    pub path: String,
-    format: String,
-    files: Vec<FileState>,
-}
-
-/// As a stamp, without the device: its number may be another after the host has been started anew.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct FileState {
-    path: String,
-    size: u64,
-    inode: u64,
-    modified: i128,
-    changed: i128,
-}
+use crate::target::{BaseState, Below, FileState};
+use crate::{BaseImage, FrozenView, ImageSource, ProviderError};
 
 /// An opened image that nobody writes to, as far as can be seen.
-pub(crate) struct OpenBase {
+pub(super) struct OpenBase {
     view: ImagesView,
     base: qcow2::Base,
 }
@@ -89,13 +59,14 @@ impl OpenBase {
         let base = qcow2::Base { name: name.to_owned(), format: image.format, disk: disk.device.clone() };
         Ok(OpenBase { view, base })
     }
+}
 
-    /// As the overlay's writer wants it.
-    pub fn base(&self) -> &qcow2::Base {
+impl Below for OpenBase {
+    fn base(&self) -> &qcow2::Base {
         &self.base
     }
 
-    pub fn state(&self) -> BaseState {
+    fn state(&self) -> BaseState {
         let state = |path: &Path, stamp: &Stamp| FileState {
             path: path.display().to_string(),
             size: stamp.length,
@@ -110,8 +81,7 @@ impl OpenBase {
         }
     }
 
-    /// Whether what stands at `path` is one of the files, under this or another name.
-    pub fn holds(&self, path: &Path) -> bool {
+    fn holds(&self, path: &Path) -> bool {
         let place = std::fs::canonicalize(path).ok();
         let identity = sys::identity_at(path);
         self.view
@@ -119,8 +89,7 @@ impl OpenBase {
             .any(|(watched, known)| identity == Some(known.identity) || place.as_deref() == Some(watched))
     }
 
-    /// Proves that the files are as they were when they were opened, and that nobody is about to write to them.
-    pub fn verify_unchanged(&self) -> Result<(), ProviderError> {
+    fn verify_unchanged(&self) -> Result<(), ProviderError> {
         self.view.verify_unchanged().map_err(|error| match error {
             ProviderError::Changed { object, reason } => ProviderError::Changed {
                 object,

@@ -40,8 +40,6 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use base::BaseImage;
-pub(crate) use base::{BaseState, OpenBase};
 pub use freeze::ImagesView;
 pub use scratch::MARK;
 
@@ -69,6 +67,11 @@ impl Images {
     pub fn without_reflinks() -> Images {
         Images { never_reflink: true }
     }
+}
+
+/// Begins or continues the recovery of a disk; what it may be an overlay of is an image.
+pub(crate) fn target(request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
+    RecoveryTarget::open(request, &|image| Ok(Box::new(base::OpenBase::open(image)?)))
 }
 
 fn source(machine: &MachineSpec) -> Result<&ImagesSource, ProviderError> {
@@ -104,7 +107,7 @@ impl Provider for Images {
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
-        RecoveryTarget::open(request)
+        target(request)
     }
 
     fn prepare_machine(

@@ -4,32 +4,11 @@ use std::os::unix::fs::MetadataExt;
 
 use super::definition::{self, Disk};
 use super::monitor::Node;
-use super::request::{self, keeps_bitmaps};
+use super::properties::{FILE, INODE, KEPT, MARK, TARGET};
+use super::request::{self, Base, keeps_bitmaps};
 use super::rpc::{Checkpoint, Connection, Domain, LibvirtError};
-use super::view::{FILE, INODE, KEPT, MARK, TARGET};
 use super::{CHECKPOINT, capacity};
 use crate::{DiskDescription, MachineSpec};
-
-/// What a list begins with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Base {
-    /// Nothing, and why: everything is compared.
-    None(String),
-    /// A checkpoint of libvirt, whose bitmap is in the image.
-    Checkpoint(String),
-    /// A bitmap in QEMU's memory.
-    Memory(String),
-}
-
-impl Base {
-    /// The name of the checkpoint or bitmap.
-    pub(super) fn mark(&self) -> Option<&str> {
-        match self {
-            Base::None(_) => None,
-            Base::Checkpoint(mark) | Base::Memory(mark) => Some(mark),
-        }
-    }
-}
 
 /// The file's identity.
 pub(super) fn inode(file: &str) -> Option<u64> {

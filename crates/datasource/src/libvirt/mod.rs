@@ -19,6 +19,7 @@ mod configuration;
 mod definition;
 pub mod guard;
 mod monitor;
+mod properties;
 mod recovery;
 mod request;
 mod rpc;
@@ -341,7 +342,7 @@ impl Provider for Libvirt {
     }
 
     fn recovery_target(&self, request: &TargetRequest) -> Result<RecoveryTarget, ProviderError> {
-        RecoveryTarget::open(request)
+        crate::images::target(request)
     }
 
     fn prepare_machine(

@@ -4,13 +4,33 @@ use std::path::{Path, PathBuf};
 
 use model::JobId;
 
-use super::base::Base;
 use super::definition::{self, Disk};
 use super::{CHECKPOINT, Settings, scratch};
 use crate::{MachineSpec, Source};
 
 /// Begins the description of every checkpoint of ours; the pool's and the datasource's id follow.
 const DESCRIPTION: &str = "stillpoint ";
+
+/// What a list begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Base {
+    /// Nothing, and why: everything is compared.
+    None(String),
+    /// A checkpoint of libvirt, whose bitmap is in the image.
+    Checkpoint(String),
+    /// A bitmap in QEMU's memory.
+    Memory(String),
+}
+
+impl Base {
+    /// The name of the checkpoint or bitmap.
+    pub(super) fn mark(&self) -> Option<&str> {
+        match self {
+            Base::None(_) => None,
+            Base::Checkpoint(mark) | Base::Memory(mark) => Some(mark),
+        }
+    }
+}
 
 /// The words for a backup job.
 pub(super) struct Request {

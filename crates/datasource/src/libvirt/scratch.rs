@@ -12,7 +12,8 @@ use disk_image::probe::{self, NewDisk};
 
 use rustix::fs::{AtFlags, Dir, Mode, OFlags};
 
-use super::rpc::{Connection, Domain};
+use super::definition;
+use super::rpc::{Connection, Domain, LibvirtError};
 use super::volumes::{RESERVE, free};
 use crate::{MachineSpec, ProviderError};
 
@@ -139,6 +140,17 @@ pub(super) fn around(file: &Path) -> &Path {
     file.parent().and_then(Path::parent).unwrap_or(Path::new("/"))
 }
 
+/// Whether a backup job runs that writes to these files.
+pub(super) fn is_ours(
+    connection: &mut Connection,
+    domain: &Domain,
+    files: &[PathBuf],
+) -> Result<bool, LibvirtError> {
+    let Some(job) = connection.backup(domain)? else { return Ok(false) };
+    let named = definition::files_of(&job);
+    Ok(files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
+}
+
 impl Reserve {
     pub(super) fn watch(connection: Connection, domain: Domain, files: Vec<PathBuf>) -> Reserve {
         let (stop, stopped) = mpsc::channel();
@@ -147,7 +159,7 @@ impl Reserve {
             while stopped.recv_timeout(Duration::from_millis(500)) == Err(mpsc::RecvTimeoutError::Timeout) {
                 if files.iter().any(|file| free(around(file)).is_ok_and(|free| free < RESERVE)) {
                     // Only what is ours: the same order would end a migration.
-                    let ours = super::view::is_ours(&mut connection, &domain, &files);
+                    let ours = is_ours(&mut connection, &domain, &files);
                     if matches!(ours, Ok(false)) {
                         return;
                     }

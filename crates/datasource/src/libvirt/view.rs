@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use model::Consistency;
 use nbd::{Address, Export, Options};
 
-use super::base::{Base, adopt, base_of, inode};
+use super::base::{adopt, base_of, inode};
 use super::claim::Claim;
 use super::configuration::Configuration;
 use super::definition::{self, Disk};
 use super::monitor::{self, Node};
-use super::request::{self, Request, keeps_bitmaps};
+use super::properties::{FILE, INODE, KEPT, MARK, TARGET};
+use super::request::{self, Base, Request, keeps_bitmaps};
 use super::rpc::{Connection, Domain, LibvirtError, State};
 use super::still::{Begun, Moment};
 use super::volumes::{Place, Volumes};
@@ -28,15 +29,6 @@ const RESTART: Duration = Duration::from_secs(30);
 const BEGIN: Duration = Duration::from_secs(60);
 /// Checkpoints that may gather while no run has a base.
 const MOST_KEPT: usize = 4;
-/// Names of properties of a disk's description.
-pub(super) const TARGET: &str = "target";
-pub(super) const FILE: &str = "file";
-pub(super) const INODE: &str = "inode";
-/// The checkpoint or bitmap that was made with the view.
-pub(super) const MARK: &str = "checkpoint";
-/// Older ones that were still there, with spaces between.
-pub(super) const KEPT: &str = "kept";
-
 /// A view that QEMU keeps.
 pub struct LibvirtView {
     description: MachineDescription,
@@ -89,7 +81,7 @@ impl Running {
     /// Removes the bitmaps and the checkpoint of an attempt without a view.
     fn forget_marks(&self, nodes: &[&Node], bitmap: &str, checkpoint: Option<String>) {
         let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Ok(true) = is_ours(&mut connection, &self.domain, &self.files) {
+        if let Ok(true) = scratch::is_ours(&mut connection, &self.domain, &self.files) {
             let _ = end(&mut connection, &self.domain);
         }
         for node in nodes {
@@ -128,17 +120,6 @@ impl Drop for Running {
             }
         }
     }
-}
-
-/// Whether a backup job runs that writes to these files.
-pub(super) fn is_ours(
-    connection: &mut Connection,
-    domain: &Domain,
-    files: &[PathBuf],
-) -> Result<bool, LibvirtError> {
-    let Some(job) = connection.backup(domain)? else { return Ok(false) };
-    let named = definition::files_of(&job);
-    Ok(files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
 }
 
 /// Removes a bitmap; the export that showed it goes a moment after its job.

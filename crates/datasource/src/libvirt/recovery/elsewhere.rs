@@ -12,7 +12,7 @@ use super::rewrite::{Changes, NewSource, networks, rewritten};
 use super::{Exchange, Talk, check_room};
 use crate::libvirt::configuration::{self, dashed};
 use crate::libvirt::definition;
-use crate::{ProviderError, RecoveryTarget, TargetRequest};
+use crate::{ProviderError, TargetRequest};
 
 /// Where libvirt's own tools put disks.
 const FOLDER: &str = "/var/lib/libvirt/images";
@@ -174,7 +174,7 @@ fn empty_disk(talk: &Talk<'_>, path: &Path, bytes: u64) -> Result<(), ProviderEr
         overwrite: false,
         over: None,
     };
-    RecoveryTarget::open(&request)?.finish(true)
+    crate::images::target(&request)?.finish(true)
 }
 
 /// Defines the machine.

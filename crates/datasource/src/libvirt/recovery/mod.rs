@@ -19,8 +19,8 @@ use model::{CompletedMachine, DatasourceId, MachineRecovery, Place, PreparedMach
 
 use super::Settings;
 use super::configuration::{Configuration, NVRAM, TPM};
+use super::properties::TARGET;
 use super::rpc::Connection;
-use super::view::TARGET;
 use crate::{DiskDescription, MachineSpec, ProviderError};
 use note::{Exchange, sync_folder, write_whole};
 

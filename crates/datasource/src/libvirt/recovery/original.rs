@@ -13,8 +13,8 @@ use crate::libvirt::claim::Claim;
 use crate::libvirt::configuration::{self, dashed};
 use crate::libvirt::definition::{self, Disk};
 use crate::libvirt::failed;
+use crate::libvirt::properties::FILE;
 use crate::libvirt::rpc::{Connection, Domain, State};
-use crate::libvirt::view::FILE;
 use crate::{MachineSpec, ProviderError};
 
 /// How long a guest may take to shut down when it is asked to.
