@@ -733,6 +733,11 @@ fn a_machine_is_made_of_a_points_disks_and_definition_or_everything_is_as_it_was
         assert_eq!(fabric.host.steps().last().unwrap(), last);
     }
     fabric.host.refuse_completion(false);
+    // An agent that restarts has lost what it was asked, and may have done it.
+    fabric.host.lose_an_answer();
+    fabric.recover_machine(&whole(&first, original.clone())).unwrap();
+    let steps = fabric.host.steps();
+    assert!(steps.ends_with(&["complete".to_owned(), "complete".to_owned()]), "{steps:?}");
     let asked = WholeMachine { min_consistency: Some(Consistency::Application), ..whole(&first, original) };
     let level = first.consistency;
     assert_eq!(fabric.recover_machine(&asked).is_err(), level < Consistency::Application);

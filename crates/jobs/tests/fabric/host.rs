@@ -70,6 +70,7 @@ struct Shared {
     /// Steps of the recovery of a machine, as they were called.
     steps: Mutex<Vec<String>>,
     refuses_completion: Mutex<bool>,
+    loses_answer: Mutex<bool>,
     is_thawed_for_good: Mutex<bool>,
     configuration: Mutex<Option<String>>,
     messages: AtomicU64,
@@ -164,6 +165,10 @@ impl FakeHost {
 
     pub fn refuse_completion(&self, refuses: bool) {
         *self.0.refuses_completion.lock().unwrap() = refuses;
+    }
+
+    pub fn lose_an_answer(&self) {
+        *self.0.loses_answer.lock().unwrap() = true;
     }
 
     fn view(&self, disks: &[Vec<u8>]) -> MachineView {
@@ -478,6 +483,9 @@ impl ProtectedHost for FakeHost {
         prepared: &PreparedMachine,
     ) -> Result<CompletedMachine, Problem> {
         self.0.steps.lock().unwrap().push("complete".to_owned());
+        if std::mem::take(&mut *self.0.loses_answer.lock().unwrap()) {
+            return Err(Problem::new(Code::AgentUnreachable, "The agent restarted."));
+        }
         if *self.0.refuses_completion.lock().unwrap() {
             return Err(Problem::new(Code::TargetWrite, "The definition was refused."));
         }
