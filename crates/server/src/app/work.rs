@@ -819,6 +819,10 @@ fn stillness(machine: &model::HostMachine, unfrozen: Unfrozen) -> String {
     };
     match (machine.power, machine.guest_agent) {
         (Power::Off, _) => format!("{} is off: its images are read at rest.", machine.name),
+        (Power::Paused, _) => format!(
+            "{} is paused already, so its guest agent cannot freeze: the point is crash-consistent.",
+            machine.name
+        ),
         (_, Some(true)) => format!(
             "{} runs with a guest agent, which freezes its file systems for the checkpoint; if it does not: {otherwise}.",
             machine.name
@@ -892,5 +896,33 @@ impl Pace for TokenBucket {
         if wait > 0 {
             self.clock.sleep(std::time::Duration::from_micros(wait));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_is_said_who_would_be_paused() {
+        let said = |power, guest_agent, unfrozen| {
+            let machine = model::HostMachine {
+                id: model::DatasourceId([1; 16]),
+                name: "web".to_owned(),
+                provider: "libvirt".to_owned(),
+                power,
+                guest_agent,
+                disks: Vec::new(),
+            };
+            stillness(&machine, unfrozen)
+        };
+        let paused = "web runs and no guest agent of it is connected: the machine is PAUSED";
+        assert!(said(Power::Running, Some(false), Unfrozen::Pause).starts_with(paused));
+        assert!(said(Power::Running, None, Unfrozen::Pause).starts_with(paused));
+        assert!(!said(Power::Running, Some(false), Unfrozen::Crash).contains("PAUSED"));
+        let frozen = said(Power::Running, Some(true), Unfrozen::Pause);
+        assert!(frozen.contains("freezes") && frozen.contains("if it does not: the machine is PAUSED"));
+        assert!(said(Power::Off, None, Unfrozen::Pause).contains("at rest"));
+        assert!(said(Power::Paused, Some(true), Unfrozen::Pause).contains("crash-consistent"));
     }
 }

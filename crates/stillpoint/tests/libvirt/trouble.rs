@@ -127,6 +127,9 @@ fn a_machine_without_an_agent_is_refused_paused_or_taken_as_it_is_as_was_chosen(
     assert_eq!(host.leftovers("g1"), Vec::<String>::new());
 
     add("pause");
+    // Said before it is done.
+    let plan = host.run(&["protect", "g1", "--dry-run"]).expect(0).lines;
+    assert!(plan[0]["steps"].to_string().contains("the machine is PAUSED"), "{plan:?}");
     let run = host.done(&["protect", "g1"]);
     assert_eq!(run.text("consistency"), "crash");
     let shown = host.done(&["recovery-point", "show", run.text("recovery_point")]).lines;
