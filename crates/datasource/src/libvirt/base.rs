@@ -2,12 +2,12 @@
 
 use std::os::unix::fs::MetadataExt;
 
+use super::CHECKPOINT;
 use super::definition::{self, Disk};
 use super::monitor::Node;
 use super::properties::{FILE, INODE, KEPT, MARK, TARGET};
 use super::request::{self, Base, keeps_bitmaps};
 use super::rpc::{Checkpoint, Connection, Domain, LibvirtError};
-use super::{CHECKPOINT, capacity};
 use crate::{DiskDescription, MachineSpec};
 
 /// The file's identity.
@@ -90,7 +90,7 @@ pub(super) fn base_of(
     }
     let size = match node {
         Ok(node) => node.size,
-        Err(_) => capacity::told(connection, domain, disk)?,
+        Err(_) => connection.block_info(domain, &disk.target)?.capacity,
     };
     if base.size != size {
         return none(format!("disk {} has {size} bytes, {} at the newest point", disk.target, base.size));

@@ -302,8 +302,14 @@ impl Provider for Libvirt {
             .map_err(|error| failed(&machine.name, &error))?;
         let mut disks = Vec::new();
         for disk in view::chosen(machine, exclude, definition::disks(&machine.name, &text)?)? {
-            let bytes = capacity::told(&mut connection, &domain, &disk)
-                .map_err(|error| failed(&format!("{} disk {}", machine.name, disk.target), &error))?;
+            let bytes = match capacity::in_image(&domain, &disk) {
+                Some(found) => found?,
+                None => {
+                    let info = connection.block_info(&domain, &disk.target);
+                    let object = format!("{} disk {}", machine.name, disk.target);
+                    info.map_err(|error| failed(&object, &error))?.capacity
+                }
+            };
             disks.push(view::describe(&disk, bytes, None));
         }
         Ok(MachineDescription { id: machine.id, name: domain.name, provider: "libvirt".to_owned(), disks })

@@ -140,15 +140,19 @@ pub(super) fn around(file: &Path) -> &Path {
     file.parent().and_then(Path::parent).unwrap_or(Path::new("/"))
 }
 
+/// Whether a backup job, as libvirt describes it, writes to these files.
+pub(super) fn writes_to(job: &str, files: &[PathBuf]) -> bool {
+    let named = definition::files_of(job);
+    files.iter().all(|file| named.iter().any(|name| Path::new(name) == file))
+}
+
 /// Whether a backup job runs that writes to these files.
 pub(super) fn is_ours(
     connection: &mut Connection,
     domain: &Domain,
     files: &[PathBuf],
 ) -> Result<bool, LibvirtError> {
-    let Some(job) = connection.backup(domain)? else { return Ok(false) };
-    let named = definition::files_of(&job);
-    Ok(files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
+    Ok(connection.backup(domain)?.is_some_and(|job| writes_to(&job, files)))
 }
 
 impl Reserve {

@@ -17,7 +17,7 @@ use super::request::{self, Base, Request, keeps_bitmaps};
 use super::rpc::{Connection, Domain, LibvirtError, State};
 use super::still::{Begun, Moment};
 use super::volumes::{Place, Volumes};
-use super::{CHECKPOINT, Settings, capacity, failed, keeps_swap, scratch, swap};
+use super::{CHECKPOINT, Settings, failed, keeps_swap, scratch, swap};
 use crate::{
     Changed, DiskDescription, FreezeMethod, FreezeRequest, FrozenDisk, FrozenView, MachineDescription,
     MachineSpec, ProviderError, Source,
@@ -29,6 +29,7 @@ const RESTART: Duration = Duration::from_secs(30);
 const BEGIN: Duration = Duration::from_secs(60);
 /// Checkpoints that may gather while no run has a base.
 const MOST_KEPT: usize = 4;
+
 /// A view that QEMU keeps.
 pub struct LibvirtView {
     description: MachineDescription,
@@ -94,9 +95,7 @@ impl Running {
 
     /// Whether the machine's backup job is there, and is ours.
     fn is_alive(&self) -> Result<bool, LibvirtError> {
-        let Some(job) = self.ask()? else { return Ok(false) };
-        let named = definition::files_of(&job);
-        Ok(self.files.iter().all(|file| named.iter().any(|name| Path::new(name) == file)))
+        Ok(self.ask()?.is_some_and(|job| scratch::writes_to(&job, &self.files)))
     }
 }
 
@@ -373,7 +372,7 @@ pub(super) fn freeze(
         bases.push(base_of(&mut connection, &domain, disk, node, since).map_err(told)?);
         sizes.push(match node {
             Ok(node) => node.size,
-            Err(_) => capacity::told(&mut connection, &domain, disk).map_err(told)?,
+            Err(_) => connection.block_info(&domain, &disk.target).map_err(told)?.capacity,
         });
     }
     let checkpoint = words.checkpoint(machine, &all, &disks);
