@@ -2,17 +2,18 @@
 //!
 //! A provider's tests give a [`Rig`] and call [`all`]. It panics with what is wrong: it is made for tests.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use block_io::{BlockDevice, ByteRange};
 use disk_image::probe::NewDisk;
 use model::{
     Consistency, DatasourceId, Identity, JobId, MachineRecovery, Network, Place, PreparedMachine,
-    RecoveredDisk, RecoveryPointId, Unfrozen,
+    RecoveredDisk, RecoveryPointId, Stop, Unfrozen,
 };
 
 use crate::{
-    Changed, DiskDescription, FreezeRequest, FrozenView, MachineSpec, Provider, ProviderError, TargetRequest,
+    BaseImage, Changed, DiskDescription, FreezeRequest, FrozenView, MachineSpec, Provider, ProviderError,
+    TargetRequest,
 };
 
 /// One machine of a provider, which can be written to as its user would.
@@ -27,6 +28,8 @@ pub trait Rig {
     fn foreign(&self) -> MachineSpec;
     /// Writes `byte` all over a range of the last disk, by whatever runs the machine. Multiples of 4096.
     fn fill(&self, range: ByteRange, byte: u8);
+    /// Whether the provider tracks changes of this machine: then a list is missing nowhere.
+    fn tracks(&self) -> bool;
     /// What of ours is on the host and is needed by no view and no list of changes.
     fn leftovers(&self) -> Vec<String>;
     /// A folder of the host for recovered machines.
@@ -37,9 +40,15 @@ const MIB: u64 = 1 << 20;
 /// What the rig writes at least.
 const PAGE: usize = 4096;
 
-fn request(number: u8, since: Vec<Option<DiskDescription>>) -> FreezeRequest {
+/// A job that never was, as every run of one is: marks carry its name.
+fn job() -> JobId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    JobId(u128::from(NEXT.fetch_add(1, Ordering::Relaxed)).to_be_bytes())
+}
+
+fn request(since: Vec<Option<DiskDescription>>) -> FreezeRequest {
     FreezeRequest {
-        job: JobId([number; 16]),
+        job: job(),
         wanted: Consistency::Crash,
         unfrozen: Unfrozen::Crash,
         may_retry: false,
@@ -48,8 +57,8 @@ fn request(number: u8, since: Vec<Option<DiskDescription>>) -> FreezeRequest {
     }
 }
 
-fn view(rig: &dyn Rig, number: u8, since: Vec<Option<DiskDescription>>) -> Box<dyn FrozenView> {
-    let made = rig.provider().freeze(&rig.machine(), &request(number, since));
+fn view(rig: &dyn Rig, since: Vec<Option<DiskDescription>>) -> Box<dyn FrozenView> {
+    let made = rig.provider().freeze(&rig.machine(), &request(since));
     made.unwrap_or_else(|error| panic!("no view: {error}"))
 }
 
@@ -84,6 +93,7 @@ pub fn all(rig: &dyn Rig) {
     two_views_do_not_disturb_each_other(rig);
     a_sweep_leaves_the_living_alone(rig);
     a_machine_is_made_of_what_is_there(rig);
+    a_machine_goes_back_or_stays(rig);
 }
 
 /// Looking changes nothing and finds the same twice.
@@ -105,20 +115,20 @@ pub fn what_is_not_there_is_refused(rig: &dyn Rig) {
     let absent = rig.absent();
     let told = rig.provider().inspect(&absent).err();
     assert!(matches!(told, Some(ProviderError::Missing { .. })), "{told:?}");
-    let told = rig.provider().freeze(&absent, &request(1, Vec::new())).err();
+    let told = rig.provider().freeze(&absent, &request(Vec::new())).err();
     assert!(matches!(told, Some(ProviderError::Missing { .. })), "{told:?}");
 
     let foreign = rig.foreign();
     let told = rig.provider().inspect(&foreign).err();
     assert!(matches!(told, Some(ProviderError::Unsupported { .. })), "{told:?}");
-    let told = rig.provider().freeze(&foreign, &request(1, Vec::new())).err();
+    let told = rig.provider().freeze(&foreign, &request(Vec::new())).err();
     assert!(matches!(told, Some(ProviderError::Unsupported { .. })), "{told:?}");
     nothing_left(rig, "refusals");
 }
 
 /// Devices are as described, read as devices must, and no more is claimed than was proved.
 pub fn a_view_is_what_it_says(rig: &dyn Rig) {
-    let view = view(rig, 1, Vec::new());
+    let view = view(rig, Vec::new());
     assert_eq!(view.description().id, rig.machine().id);
     assert_ne!(view.consistency(), Consistency::Application, "nobody in the machine said so");
     let described: Vec<&DiskDescription> = view.disks().iter().map(|disk| &disk.description).collect();
@@ -144,7 +154,7 @@ pub fn a_view_is_what_it_says(rig: &dyn Rig) {
 pub fn a_view_stands_still_or_says_so(rig: &dyn Rig) {
     let place = ByteRange { start: 3 * MIB, end: 4 * MIB };
     rig.fill(place, 0x11);
-    let view = view(rig, 1, Vec::new());
+    let view = view(rig, Vec::new());
     let before = last(&*view);
     rig.fill(place, 0x22);
     let after = last(&*view);
@@ -161,33 +171,33 @@ pub fn a_view_stands_still_or_says_so(rig: &dyn Rig) {
 
 /// A list of changes may name too much, never too little; also where a view in between came to nothing (INV-22).
 pub fn a_list_has_every_change(rig: &dyn Rig) {
-    let first = view(rig, 1, Vec::new());
+    let first = view(rig, Vec::new());
     let (known, before) = (since(&*first), last(&*first));
     drop(first);
     rig.fill(ByteRange { start: 5 * MIB, end: 5 * MIB + 8192 }, 0x33);
-    let second = view(rig, 2, known.clone());
-    covers(&*second, &before);
+    let second = view(rig, known.clone());
+    covers(rig, &*second, &before);
     drop(second);
     // The point of the second view was never made.
     rig.fill(ByteRange { start: 6 * MIB, end: 6 * MIB + 4096 }, 0x44);
-    let third = view(rig, 3, known);
+    let third = view(rig, known);
     let now = last(&*third);
     assert!(now[5 * MIB as usize] == 0x33 && now[6 * MIB as usize] == 0x44, "writes are in the view");
-    covers(&*third, &before);
+    covers(rig, &*third, &before);
     // And from one view to the next.
     let known = since(&*third);
     drop(third);
     rig.fill(ByteRange { start: 7 * MIB, end: 7 * MIB + 4096 }, 0x55);
-    covers(&*view(rig, 4, known), &now);
+    covers(rig, &*view(rig, known), &now);
     nothing_left(rig, "views with lists");
 }
 
-fn covers(view: &dyn FrozenView, before: &[u8]) {
+fn covers(rig: &dyn Rig, view: &dyn FrozenView, before: &[u8]) {
     let Some(disk) = view.disks().last() else { return };
     let now = content(&*disk.device);
     assert_eq!(now.len(), before.len());
     match &disk.changed {
-        Changed::Unknown { because } => assert!(!because.is_empty(), "it is not said why"),
+        Changed::Unknown { because } => assert!(!because.is_empty() && !rig.tracks(), "no list: {because}"),
         Changed::Listed { ranges, because } => {
             assert!(!because.is_empty(), "it is not said by what");
             for (at, (now, before)) in now.chunks(PAGE).zip(before.chunks(PAGE)).enumerate() {
@@ -204,7 +214,7 @@ fn covers(view: &dyn FrozenView, before: &[u8]) {
 
 /// A description of something else gets no list.
 pub fn a_list_is_for_the_disk_that_was_seen(rig: &dyn Rig) {
-    let first = view(rig, 1, Vec::new());
+    let first = view(rig, Vec::new());
     let known = since(&*first);
     drop(first);
     let larger = known.iter().flatten().map(|disk| {
@@ -216,20 +226,21 @@ pub fn a_list_is_for_the_disk_that_was_seen(rig: &dyn Rig) {
         Some(DiskDescription { properties, ..disk.clone() })
     });
     for wrong in [larger.collect::<Vec<_>>(), nameless.collect()] {
-        let view = view(rig, 2, wrong);
+        let view = view(rig, wrong);
         let listed = view.disks().iter().find(|disk| matches!(disk.changed, Changed::Listed { .. }));
         assert!(listed.is_none(), "a list since a disk that never was");
     }
-    // No more of them than disks, no fewer.
-    drop(view(rig, 3, Vec::new()));
+    // More of them than disks.
+    let many = known.iter().chain(&known).cloned().collect();
+    drop(view(rig, many));
     nothing_left(rig, "descriptions of other disks");
 }
 
 /// Two at once: refused as in use, or both are right.
 pub fn two_views_do_not_disturb_each_other(rig: &dyn Rig) {
-    let first = view(rig, 1, Vec::new());
+    let first = view(rig, Vec::new());
     let before = last(&*first);
-    match rig.provider().freeze(&rig.machine(), &request(2, Vec::new())) {
+    match rig.provider().freeze(&rig.machine(), &request(Vec::new())) {
         Ok(second) => drop(second),
         Err(ProviderError::Locked { .. }) => {}
         Err(other) => panic!("the second view: {other:?}"),
@@ -238,14 +249,14 @@ pub fn two_views_do_not_disturb_each_other(rig: &dyn Rig) {
     assert!(last(&*first) == before, "the first view changed by the second");
     drop(first);
     // Whoever was refused comes later.
-    drop(view(rig, 2, Vec::new()));
+    drop(view(rig, Vec::new()));
     nothing_left(rig, "two views");
 }
 
 /// A sweep takes nothing from a living view, and finds nothing after it (INV-21, S32).
 pub fn a_sweep_leaves_the_living_alone(rig: &dyn Rig) {
     let sweep = || rig.provider().sweep(&[rig.machine()]).unwrap_or_else(|error| panic!("no sweep: {error}"));
-    let first = view(rig, 1, Vec::new());
+    let first = view(rig, Vec::new());
     let before = last(&*first);
     let swept = sweep();
     assert!(swept.removed.is_empty(), "{:?}", swept.removed);
@@ -260,6 +271,7 @@ pub fn a_sweep_leaves_the_living_alone(rig: &dyn Rig) {
 }
 
 fn recovery(rig: &dyn Rig, view: &dyn FrozenView) -> MachineRecovery {
+    let job = job();
     let text = |what: Result<String, serde_json::Error>| what.unwrap_or_else(|error| panic!("{error}"));
     let disks = view.description().disks.iter().zip(0..).map(|(disk, number)| RecoveredDisk {
         disk: number,
@@ -270,8 +282,8 @@ fn recovery(rig: &dyn Rig, view: &dyn FrozenView) -> MachineRecovery {
         changed_bytes: 0,
     });
     MachineRecovery {
-        job: JobId([7; 16]),
-        point: RecoveryPointId([8; 16]),
+        job,
+        point: RecoveryPointId(job.0),
         machine: view.description().id,
         machine_name: view.description().name.clone(),
         spec: text(serde_json::to_string(&rig.machine())),
@@ -297,7 +309,7 @@ fn known(rig: &dyn Rig, id: DatasourceId) -> bool {
 pub fn a_machine_is_made_of_what_is_there(rig: &dyn Rig) {
     let new = DatasourceId([0x77; 16]);
     let provider = rig.provider();
-    let view = view(rig, 1, Vec::new());
+    let view = view(rig, Vec::new());
     let asked = recovery(rig, &*view);
     let foreign = serde_json::to_string(&rig.foreign()).unwrap_or_default();
     let elsewhere =
@@ -323,7 +335,7 @@ pub fn a_machine_is_made_of_what_is_there(rig: &dyn Rig) {
     assert_eq!((prepared.id, &*prepared.name), (new, "conformance"));
     assert!(provider.complete_machine(&asked, &prepared).is_err(), "a machine of disks that are not there");
     assert!(!known(rig, new));
-    fill(&asked, &prepared, &*view, provider);
+    fill(&asked, &prepared, &contents(&*view), provider);
     drop(view);
     let complete = || provider.complete_machine(&asked, &prepared);
     let made = complete().unwrap_or_else(|error| panic!("not made: {error}"));
@@ -336,37 +348,94 @@ pub fn a_machine_is_made_of_what_is_there(rig: &dyn Rig) {
     nothing_left(rig, "a recovery");
 }
 
-fn fill(asked: &MachineRecovery, prepared: &PreparedMachine, view: &dyn FrozenView, provider: &dyn Provider) {
-    assert_eq!(prepared.disks.len(), view.disks().len());
-    for (disk, source) in prepared.disks.iter().zip(view.disks()) {
+/// A machine goes back to what it was, or stays what it is where that is given up (S151).
+///
+/// A provider whose machines have no definition refuses it.
+pub fn a_machine_goes_back_or_stays(rig: &dyn Rig) {
+    let provider = rig.provider();
+    let place = ByteRange { start: MIB, end: MIB + 65_536 };
+    let first = view(rig, Vec::new());
+    let (disks, before) = (contents(&*first), last(&*first));
+    let original = || MachineRecovery {
+        place: Place::Original { stop: Some(Stop::Now) },
+        name: None,
+        identity: Identity::Keep,
+        network: Network::Keep,
+        ..recovery(rig, &*first)
+    };
+    let (given_up, asked) = (original(), original());
+    let has_definition = !first.configuration().is_empty();
+    drop(first);
+    rig.fill(place, 0x66);
+    let prepare = |asked: &MachineRecovery| provider.prepare_machine(asked, asked.machine);
+    let prepared = match prepare(&given_up) {
+        Ok(prepared) => prepared,
+        Err(ProviderError::Unsupported { .. }) if !has_definition => return,
+        Err(other) => panic!("{other:?}"),
+    };
+    let some =
+        PreparedMachine { disks: prepared.disks.iter().skip(1).cloned().collect(), ..prepared.clone() };
+    assert!(provider.complete_machine(&given_up, &prepared).is_err(), "disks that are not there");
+    fill(&given_up, &prepared, &disks, provider);
+    assert!(provider.complete_machine(&given_up, &some).is_err(), "some of the disks");
+    for _ in 0..2 {
+        provider.abandon_machine(&given_up, &prepared).unwrap_or_else(|error| panic!("{error}"));
+    }
+    nothing_left(rig, "a recovery that was given up");
+    let now = last(&*view(rig, Vec::new()));
+    assert!(now[place.start as usize] == 0x66, "a recovery that was given up changed the machine");
+
+    let prepared = prepare(&asked).unwrap_or_else(|error| panic!("{error}"));
+    fill(&asked, &prepared, &disks, provider);
+    for _ in 0..2 {
+        let made = provider.complete_machine(&asked, &prepared);
+        let made = made.unwrap_or_else(|error| panic!("not completed: {error}"));
+        assert_eq!(made.id, asked.machine);
+    }
+    provider.abandon_machine(&asked, &prepared).unwrap_or_else(|error| panic!("{error}"));
+    assert!(last(&*view(rig, Vec::new())) == before, "it is not what it was");
+    nothing_left(rig, "a recovery to the original");
+}
+
+fn contents(view: &dyn FrozenView) -> Vec<(DiskDescription, Vec<u8>)> {
+    view.disks().iter().map(|disk| (disk.description.clone(), content(&*disk.device))).collect()
+}
+
+/// Fills every disk that was prepared, as a transfer does: what is zero on a new disk is left out.
+fn fill(
+    asked: &MachineRecovery,
+    prepared: &PreparedMachine,
+    disks: &[(DiskDescription, Vec<u8>)],
+    provider: &dyn Provider,
+) {
+    assert_eq!(prepared.disks.len(), disks.len());
+    let format = |word: &str| word.parse().unwrap_or_else(|_| panic!("format {word:?}"));
+    for (disk, (described, bytes)) in prepared.disks.iter().zip(disks) {
         assert!(!std::path::Path::new(&disk.path).exists(), "{} is there already", disk.path);
         let request = TargetRequest {
             path: disk.path.clone().into(),
-            format: disk.format.parse().unwrap_or_else(|_| panic!("format {:?}", disk.format)),
+            format: format(&disk.format),
             new: NewDisk {
-                size: source.description.size,
-                logical_sector_size: source.description.sector,
+                size: described.size,
+                logical_sector_size: described.sector,
                 fixed: false,
                 ids: [[1; 16], [2; 16], [3; 16]],
                 created: 0,
             },
             point: asked.point,
-            disk: source.description.key.clone(),
+            disk: described.key.clone(),
             overwrite: false,
-            over: None,
+            over: disk.over.as_ref().map(|base| BaseImage {
+                path: base.path.clone().into(),
+                format: format(&base.format),
+                allow_backing: base.folders.iter().map(Into::into).collect(),
+            }),
         };
         let target = provider.recovery_target(&request).unwrap_or_else(|error| panic!("{error}"));
-        let device = Arc::clone(&target.device());
-        for range in
-            block_io::Allocated::new(&*source.device, ByteRange { start: 0, end: source.device.size() })
-        {
-            let range = range.unwrap_or_else(|error| panic!("{error}"));
-            let mut at = range.start;
-            while at < range.end {
-                let mut part = vec![0; (range.end - at).min(MIB) as usize];
-                source.device.read_at(at, &mut part).unwrap_or_else(|error| panic!("{error}"));
-                device.write_at(at, &part).unwrap_or_else(|error| panic!("{error}"));
-                at += part.len() as u64;
+        let (device, fresh) = (target.device(), target.fresh());
+        for (part, at) in bytes.chunks(MIB as usize).zip((0..).step_by(MIB as usize)) {
+            if !fresh || part.iter().any(|&byte| byte != 0) {
+                device.write_at(at, part).unwrap_or_else(|error| panic!("{error}"));
             }
         }
         drop(device);

@@ -722,6 +722,10 @@ impl crate::conformance::Rig for TwoImages {
         file.sync_all().unwrap();
     }
 
+    fn tracks(&self) -> bool {
+        false
+    }
+
     fn leftovers(&self) -> Vec<String> {
         let entries = fs::read_dir(self.folder.path()).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());

@@ -71,17 +71,22 @@ impl Rig for Guest {
         }
     }
 
+    fn tracks(&self) -> bool {
+        self.image.is_none()
+    }
+
     fn leftovers(&self) -> Vec<String> {
         let mut found = self.host.leftovers("g1");
+        // What was replaced is kept for its time.
+        found.retain(|name| !name.contains("-replaced-"));
         let notes = std::fs::read_dir(self.notes.path()).unwrap();
         let names = notes.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
         // The lock of a claim is a file that stays.
         found.extend(names.filter(|name| name.contains("frozen") || name.contains("paused")));
-        if self.image.is_none() {
-            let nodes =
-                self.host.virsh(&["qemu-monitor-command", "g1", "{\"execute\":\"query-named-block-nodes\"}"]);
-            found.extend(nodes.contains("-read-").then(|| "a bitmap for reading".to_owned()));
-        }
+        // Nothing to ask where it is off.
+        let nodes = ["qemu-monitor-command", "g1", "{\"execute\":\"query-named-block-nodes\"}"];
+        let nodes = String::from_utf8_lossy(&self.host.virsh_output(&nodes).stdout).into_owned();
+        found.extend(nodes.contains("-read-").then(|| "a bitmap for reading".to_owned()));
         found
     }
 

@@ -18,11 +18,11 @@ use crate::{ProviderError, TargetRequest};
 const FOLDER: &str = "/var/lib/libvirt/images";
 
 fn file(folder: &Path, name: &str, what: &str, extension: &str) -> PathBuf {
-    folder.join(format!("{}-{what}.{extension}", name.replace('/', "_")))
+    folder.join(format!("{name}-{what}.{extension}"))
 }
 
 fn nvram(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("{}_VARS.fd", name.replace('/', "_")))
+    folder.join(format!("{name}_VARS.fd"))
 }
 
 /// Checks everything, writes the note.
@@ -184,8 +184,8 @@ pub(super) fn complete(
 ) -> Result<CompletedMachine, ProviderError> {
     let (id, name) = (prepared.id, prepared.name.clone());
     let told = |error| crate::libvirt::failed(&name, &error);
+    super::check_files(talk, prepared)?;
     let first = prepared.disks.first().ok_or_else(|| talk.refused("the point has no disks"))?;
-    super::check_files(prepared)?;
     let folder = Path::new(&first.path).parent().unwrap_or(Path::new("/")).to_owned();
     let path = note::elsewhere(&folder, &name);
     let known = talk.connection.domain(&id.0).map_err(told)?;

@@ -133,7 +133,8 @@ pub(super) fn same_file(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_some_and(|it| Some(it) == identity(b))
 }
 
-/// Whether any machine of the host names a file: as a disk, or as a layer below one, now or at its next start.
+/// Whether any machine of the host names a file: as a disk, a layer below one, or its firmware's variables, now or at its
+/// next start.
 pub(super) fn is_named(connection: &mut Connection, file: &Path) -> Result<bool, LibvirtError> {
     for domain in connection.domains()? {
         for inactive in [false, true] {
@@ -144,6 +145,10 @@ pub(super) fn is_named(connection: &mut Connection, file: &Path) -> Result<bool,
             };
             let disks = definition::disks(&domain.name, &text).unwrap_or_default();
             let named = disks.into_iter().filter_map(|disk| disk.file).chain(definition::chain_files(&text));
+            let variables = definition::nvram(&text);
+            if variables.is_some_and(|variables| same_file(Path::new(&variables), file)) {
+                return Ok(true);
+            }
             if layers(named.map(Into::into)).iter().any(|layer| same_file(layer, file)) {
                 return Ok(true);
             }

@@ -120,8 +120,13 @@ fn check_room(machine: &str, needs: &[(PathBuf, u64)]) -> Result<(), ProviderErr
     Ok(())
 }
 
-/// The machine is not made of disks that are not there.
-fn check_files(prepared: &PreparedMachine) -> Result<(), ProviderError> {
+/// The machine is not made of disks that are not there, nor of some of them.
+fn check_files(talk: &Talk<'_>, prepared: &PreparedMachine) -> Result<(), ProviderError> {
+    let asked: Vec<u32> = talk.recovery.disks.iter().map(|disk| disk.disk).collect();
+    let found: Vec<u32> = prepared.disks.iter().map(|disk| disk.disk).collect();
+    if asked != found {
+        return Err(talk.refused(format!("disks {asked:?} are recovered, and disks {found:?} were prepared")));
+    }
     match prepared.disks.iter().find(|disk| !Path::new(&disk.path).is_file()) {
         None => Ok(()),
         Some(gone) => Err(ProviderError::TargetWrite {

@@ -102,7 +102,7 @@ pub(super) fn in_progress(folder: &Path, machine: DatasourceId) -> PathBuf {
 
 /// The note of a recovery to a machine of this name.
 pub(super) fn elsewhere(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("{ELSEWHERE}{}", name.replace('/', "_")))
+    folder.join(format!("{ELSEWHERE}{name}"))
 }
 
 /// Notes of what was replaced of a machine, in any order.

@@ -1,6 +1,6 @@
 //! To the original, by difference: overlays over the current images, swapped in by one change of the definition.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -228,10 +228,10 @@ pub(super) fn prepare(talk: &mut Talk<'_>, stop: Option<Stop>) -> Result<Prepare
     })
 }
 
-fn exchange(place: PathBuf, job: &str) -> Exchange {
+fn exchange(place: PathBuf, mark: &str) -> Exchange {
     Exchange {
-        new: place.with_extension(format!("new-{job}")),
-        old: place.with_extension(format!("old-{job}")),
+        new: place.with_extension(format!("new-{mark}")),
+        old: place.with_extension(format!("old-{mark}")),
         place,
     }
 }
@@ -268,11 +268,12 @@ fn anew(talk: &mut Talk<'_>) -> Result<PreparedMachine, ProviderError> {
             .map_err(|error| ProviderError::target(disk.path.clone(), "make its folder", &error))?;
     }
     check_room(&name, &layout.needs)?;
-    let job = short(&talk.recovery.job.0);
+    // Another try of the same point has the same names, so nothing of the first one is left.
+    let mark = short(&talk.recovery.point.0);
     if let Some(place) = definition::nvram(&talk.configuration.definition).map(PathBuf::from) {
         // What somebody kept of the machine is not written over.
         let is_free = !place.exists() || made.contains(&place);
-        layout.files.push(if is_free { place } else { beside(&place, &job, &extension(&place)) });
+        layout.files.push(if is_free { place } else { beside(&place, &mark, &extension(&place)) });
     }
     let tpm = configuration::tpm_folder(&talk.settings.tpm, &id.0, &talk.configuration.definition);
     let note = Note {
@@ -281,7 +282,7 @@ fn anew(talk: &mut Talk<'_>) -> Result<PreparedMachine, ProviderError> {
         machine: id,
         overlays: Vec::new(),
         files: layout.files,
-        tpm: tpm.filter(|_| talk.has_tpm()).map(|place| exchange(place, &job)),
+        tpm: tpm.filter(|_| talk.has_tpm()).map(|place| exchange(place, &mark)),
         was_running: false,
         before: String::new(),
         keep_seconds: talk.recovery.keep_seconds,
@@ -329,7 +330,7 @@ pub(super) fn complete(
     let domain = talk.connection.domain(&id.0).map_err(told)?;
     let mut notes = Vec::new();
     let _claim = claim(talk)?;
-    super::check_files(prepared)?;
+    super::check_files(talk, prepared)?;
     let mut path = PathBuf::new();
     let mut note = None;
     if let Some(domain) = &domain {
@@ -345,35 +346,63 @@ pub(super) fn complete(
         path = note::in_progress(&folder_of(Path::new(&first.path)), id);
         note = Note::read(&path)?.filter(|note| note.job == talk.recovery.job);
     }
-    let mut disks = std::collections::BTreeMap::new();
+    let mut disks = BTreeMap::new();
     for (disk, (_, _, target)) in prepared.disks.iter().zip(talk.disks()?) {
         let source = NewSource::File { path: disk.path.clone(), format: disk.format.clone() };
         disks.insert(target, source);
     }
-    let mut nvram = None;
-    if let Some(domain) = &domain
-        && note.is_none()
-        && has_all(talk, domain, prepared)?
-    {
-        // The answer to an earlier call was lost.
-        let is_off = talk.connection.state(domain).map_err(told)? == State::Off;
-        if talk.recovery.start && is_off {
-            talk.connection.start(domain).map_err(told)?;
-        }
-        return Ok(CompletedMachine { id, name, started: talk.recovery.start, notes });
+    let domain = match domain {
+        // The answer to an earlier call was lost, or it was cut off after the swap.
+        Some(domain) if has_all(talk, &domain, prepared)? => domain,
+        domain => swap(talk, domain.as_ref(), &name, disks, noted(note.as_ref(), &path)?)?,
+    };
+    if let Err(error) = talk.connection.set_autostart(&domain, talk.configuration.autostart) {
+        notes.push(format!("Whether the host starts it by itself could not be set: {error}."));
     }
-    if let Some(domain) = &domain {
+    if let Some(note) = note {
+        let kept: Vec<String> = note.overlays.iter().map(|over| over.base.display().to_string()).collect();
+        let days = note.keep_seconds / 86_400;
+        let is_off = talk.connection.state(&domain).map_err(told)? == State::Off;
+        match note.tpm.as_ref().is_some_and(|tpm| tpm.new.exists()) && !is_off {
+            // Somebody started it after the swap; the sweep ends it when it is off again.
+            true => notes.push("The state of its TPM takes its place when the machine is off.".to_owned()),
+            false => finish(note, &path)?,
+        }
+        if !kept.is_empty() {
+            notes.push(format!(
+                "What the disks were is kept for {days} days: {}; the machine needs these files until then.",
+                kept.join(", ")
+            ));
+        }
+    }
+    let started = talk.recovery.start;
+    if started && talk.connection.state(&domain).map_err(told)? == State::Off {
+        talk.connection.start(&domain).map_err(told)?;
+    }
+    Ok(CompletedMachine { id, name, started, notes })
+}
+
+/// Changes the definition to the recovered disks, or makes it again if `domain` is nothing.
+fn swap(
+    talk: &mut Talk<'_>,
+    domain: Option<&Domain>,
+    name: &str,
+    mut disks: BTreeMap<String, NewSource>,
+    note: &Note,
+) -> Result<Domain, ProviderError> {
+    let told = |error| failed(name, &error);
+    let mut nvram = None;
+    if let Some(domain) = domain {
         if talk.connection.state(domain).map_err(told)? != State::Off {
             return Err(ProviderError::Changed {
-                object: name,
+                object: name.to_owned(),
                 reason:
                     "the machine was started while its disks were recovered; it goes on with the old ones"
                         .to_owned(),
             });
         }
-        let note = noted(note.as_ref(), &path)?;
         let text = talk.connection.definition(domain, true).map_err(told)?;
-        let current = definition::disks(&name, &text)?;
+        let current = definition::disks(name, &text)?;
         let is_base = |overlay: &Overlay| {
             current.iter().any(|disk| {
                 disk.target == overlay.target && disk.file.as_deref().map(Path::new) == Some(&*overlay.base)
@@ -381,11 +410,11 @@ pub(super) fn complete(
         };
         if let Some(moved) = note.overlays.iter().find(|overlay| !is_base(overlay)) {
             return Err(ProviderError::Changed {
-                object: name,
+                object: name.to_owned(),
                 reason: format!("disk {} is another file than when the recovery began", moved.target),
             });
         }
-        still_as_they_were(note, &name)?;
+        still_as_they_were(note, name)?;
         // Disks that were left out stay what they are now.
         for left in &talk.configuration.left_out {
             let now = current.iter().find(|disk| disk.target == left.target);
@@ -404,9 +433,8 @@ pub(super) fn complete(
         }
     } else {
         // Made again: everything goes where it was, or beside what stands there.
-        let note = noted(note.as_ref(), &path)?;
         if let Some(place) = definition::nvram(&talk.configuration.definition).map(PathBuf::from) {
-            let beside = beside(&place, &short(&note.job.0), &extension(&place));
+            let beside = beside(&place, &short(&note.point.0), &extension(&place));
             let chosen = if note.files.contains(&beside) { beside } else { place };
             if talk.write_nvram(&chosen)? {
                 nvram = Some(chosen.display().to_string());
@@ -417,8 +445,8 @@ pub(super) fn complete(
         }
     }
     let changes = Changes {
-        name: &name,
-        uuid: dashed(&id.0),
+        name,
+        uuid: dashed(&talk.recovery.machine.0),
         disks,
         eject: false,
         nvram,
@@ -428,13 +456,14 @@ pub(super) fn complete(
     let definition = rewritten(&talk.configuration.definition, &changes)?;
     // The moment of the swap.
     let domain = talk.connection.define(&definition).map_err(told)?;
-    if let Some(note) = note.as_ref().filter(|note| !note.before.is_empty()) {
+    // One that was made again had nobody to be quicker.
+    if !note.before.is_empty() {
         // Somebody was quicker by a moment: then the machine runs from the old disks, and must find them again.
         let is_off = talk.connection.state(&domain).map_err(told)? == State::Off;
         let proved = match is_off {
-            true => still_as_they_were(note, &name),
+            true => still_as_they_were(note, name),
             false => Err(ProviderError::Changed {
-                object: name.clone(),
+                object: name.to_owned(),
                 reason: "the machine was started in the moment of the swap; it goes on with the old disks"
                     .to_owned(),
             }),
@@ -444,25 +473,7 @@ pub(super) fn complete(
             return Err(error);
         }
     }
-    if let Err(error) = talk.connection.set_autostart(&domain, talk.configuration.autostart) {
-        notes.push(format!("Whether the host starts it by itself could not be set: {error}."));
-    }
-    if let Some(note) = note {
-        let kept: Vec<String> = note.overlays.iter().map(|over| over.base.display().to_string()).collect();
-        let days = note.keep_seconds / 86_400;
-        finish(note, &path)?;
-        if !kept.is_empty() {
-            notes.push(format!(
-                "What the disks were is kept for {days} days: {}; the machine needs these files until then.",
-                kept.join(", ")
-            ));
-        }
-    }
-    let started = talk.recovery.start;
-    if started {
-        talk.connection.start(&domain).map_err(told)?;
-    }
-    Ok(CompletedMachine { id, name, started, notes })
+    Ok(domain)
 }
 
 fn noted<'a>(note: Option<&'a Note>, path: &Path) -> Result<&'a Note, ProviderError> {
